@@ -1,0 +1,1 @@
+"""hetero-splitee: cuts, strategies, capture and the memory plan."""

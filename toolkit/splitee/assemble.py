@@ -1,0 +1,215 @@
+"""From a fleet file to networks, segments, shards and servers, before any device is touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from splitee import data, zoo
+from splitee.capture import capture
+from splitee.client import Client, LocalClient, Place, State
+from splitee.data import Dataset, Images
+from splitee.errors import CutError, FitError, FleetError
+from splitee.exits import Exit
+from splitee.fleet import ClientTable, Fleet
+from splitee.model import Cut, Network, Segment, Tail
+from splitee.place import Build, Room, deepest_that_fits
+from splitee.server import Server
+from splitee.strategies import Averaging, Sequential
+
+FIRMWARE_CAPACITY = 8  # samples that firmware holds at once, where the fleet file does not say
+
+
+@dataclass(frozen=True)
+class Board:
+    """What assembling needs to know of a board."""
+
+    firmware: bool  # runs the C firmware, and so a segment that is built in
+    room: Room | None  # None: as much as a computer has
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client, ready to be brought up: its segment with initial weights, and its shard."""
+
+    table: ClientTable
+    cut: Cut
+    segment: Segment
+    build: Build
+    images: Images
+    seed: int  # of its data order
+
+    @property
+    def name(self) -> str:
+        """The client's name."""
+        return self.table.name
+
+    @cached_property
+    def state(self) -> State:
+        """Where it starts: initial weights, no momentum yet, at the head of its data order."""
+        weights = {n: t.detach().cpu().numpy().copy() for n, t in self.segment.tensors().items()}
+        return State(weights, {}, Place(len(self.images), self.seed))
+
+
+class Assembly:
+    """A fleet's networks and shards. Everything is drawn from the fleet's seed."""
+
+    def __init__(self, fleet: Fleet, boards: Callable[[str], Board]) -> None:
+        """boards tells of a board by name, and raises SpliteeError for an unknown one."""
+        self.fleet = fleet
+        self.boards = {c.name: boards(c.board) for c in fleet.client}
+        self.dataset: Dataset = data.load(fleet.data.name)
+        self.norm = self._norm()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fleet.seed)
+            self._model = zoo.build(
+                fleet.model.name,
+                width=fleet.model.width,
+                norm=self.norm,
+                classes=self.dataset.classes,
+                channels=self.dataset.shape[0],
+            )
+            self._network = Network(self._model, self.dataset.shape)
+            self._exits = {c.name: Exit(_image(c), self.dataset.classes) for c in self.cuts}
+        parts = data.shards(self.dataset.train, [c.share for c in fleet.client], fleet.seed)
+        self._shards = dict(zip((c.name for c in fleet.client), parts, strict=True))
+        for client, images in self._shards.items():
+            if len(images) == 0:
+                raise FleetError(f'client "{client}": its share is less than one sample')
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The cuts of the fleet's network."""
+        return self._network.cuts
+
+    def _norm(self) -> str:
+        norm = self.fleet.model.norm
+        firmware = any(b.firmware for b in self.boards.values())
+        return norm if norm != "auto" else ("group" if firmware else "batch")
+
+    def _segment(self, cut: Cut) -> Segment:
+        """A client's own copy of the network up to a cut, with the exits that it trains."""
+        network = Network(copy.deepcopy(self._model), self.dataset.shape)
+        last = self.cuts.index(cut)
+        first = 0 if self.fleet.exits == "upto" else last
+        exits = {c.name: copy.deepcopy(self._exits[c.name]) for c in self.cuts[first : last + 1]}
+        return Segment(network, cut, exits)
+
+    def capacity(self, table: ClientTable) -> int:
+        """Samples that a client holds at once."""
+        usual = FIRMWARE_CAPACITY if self.boards[table.name].firmware else self.fleet.batch
+        return min(table.capacity or usual, self.fleet.batch)
+
+    def build(self, table: ClientTable, cut: Cut) -> Build:
+        """What a client would be built with at a cut."""
+        return self._build(table, self._segment(cut))
+
+    def _build(self, table: ClientTable, segment: Segment) -> Build:
+        return Build(
+            graph=capture(segment, self.dataset.classes),
+            capacity=self.capacity(table),
+            momentum=self.fleet.optimizer.momentum != 0,
+            samples_max=len(self._shards[table.name]),
+            scale=self.dataset.scale,
+            shift=self.dataset.shift,
+        )
+
+    def builds(self, table: ClientTable) -> list[Build]:
+        """What a client would be built with at each cut, the shallowest first."""
+        return [self.build(table, cut) for cut in self.cuts]
+
+    def choose(self, table: ClientTable) -> Cut:
+        """The cut that the fleet file names, or the deepest that fits."""
+        if table.cut != "auto":
+            cut = self._network.cut(table.cut)
+            if cut.number is None:
+                listed = ", ".join(f"{c.number} {c.name}" for c in self.cuts)
+                raise CutError(f'cut "{cut.name}" has no exit; clients take one of {listed}')
+            return cut
+        room = self.boards[table.name].room
+        fitting = deepest_that_fits(self.builds(table), room)
+        if fitting is None:
+            raise FitError(self._no_fit(table, self.cuts[0]))
+        return self._network.cut(list(fitting.graph.exits)[-1])
+
+    def _no_fit(self, table: ClientTable, cut: Cut) -> str:
+        room = self.boards[table.name].room
+        assert room is not None
+        fitting = deepest_that_fits(self.builds(table), room)
+        where = (
+            f'cut at "{list(fitting.graph.exits)[-1]}", which fits'
+            if fitting
+            else "take a narrower network, a smaller capacity or share, or a larger board"
+        )
+        shortage = self.build(table, cut).shortage(room)
+        return (
+            f'client "{table.name}": its segment up to {cut.name} {shortage} on '
+            f"{table.board}: {where}"
+        )
+
+    def member(self, name: str) -> Member:
+        """A client's part.
+
+        Raises CutError for a cut that does not exist and FitError for a segment that is larger
+        than its board; the message names the cut that fits.
+        """
+        index = [c.name for c in self.fleet.client].index(name)
+        table = self.fleet.client[index]
+        cut = self.choose(table)
+        segment = self._segment(cut)
+        build = self._build(table, segment)
+        room = self.boards[name].room
+        if room is not None and build.shortage(room):
+            raise FitError(self._no_fit(table, cut))
+        if self.norm == "batch" and build.capacity < self.fleet.batch:
+            raise FleetError(
+                f'client "{name}": batch norm needs the whole batch at once: '
+                f'capacity = {self.fleet.batch}, or norm = "group"'
+            )
+        seed = (self.fleet.seed * 4096 + index) & 0xFFFFFFFF  # 32 bits on a device
+        return Member(table, cut, segment, build, self._shards[name], seed)
+
+    @cached_property
+    def members(self) -> list[Member]:
+        """Every client's part, in the fleet file's order."""
+        return [self.member(c.name) for c in self.fleet.client]
+
+    def local(self, member: Member, device: str = "cpu") -> LocalClient:
+        """The client in this process that a member describes; start it before it trains."""
+        return LocalClient(
+            member.name,
+            copy.deepcopy(member.segment),
+            self.fleet.settings,
+            capacity=member.build.capacity,
+            scale=self.dataset.scale,
+            shift=self.dataset.shift,
+            device=device,
+        )
+
+    def strategy(self, clients: Sequence[Client], device: str = "cpu") -> Averaging | Sequential:
+        """The fleet's strategy over clients (a subset of the fleet's, in its order)."""
+        samples = {c.name: len(self._shards[c.name]) for c in clients}
+        batch, aggregate, period = self.fleet.batch, self.fleet.aggregate, self.fleet.period
+        if self.fleet.strategy == "sequential":
+            server = self._server([m.cut for m in self.members], device)
+            return Sequential(
+                clients, server, samples, batch=batch, aggregate=aggregate, period=period
+            )
+        cuts = {m.name: m.cut for m in self.members}
+        servers = {c.name: self._server([cuts[c.name]], device) for c in clients}
+        return Averaging(clients, servers, samples, batch=batch, aggregate=aggregate, period=period)
+
+    def _server(self, cuts: Sequence[Cut], device: str) -> Server:
+        model: nn.Module = copy.deepcopy(self._model)
+        tail = Tail(Network(model, self.dataset.shape), cuts)
+        return Server(tail, self.fleet.settings, device)
+
+
+def _image(cut: Cut) -> tuple[int, int, int]:
+    channels, height, width = cut.shape
+    return channels, height, width

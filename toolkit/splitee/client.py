@@ -1,0 +1,313 @@
+"""What a client is to a strategy, and the client that runs in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from splitee.data import Images, draw_order
+from splitee.model import Segment
+from splitee.ops import Array
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of a client, and what its trunk learns from."""
+
+    learning_rate: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    exit_weight: float = 1.0  # of the exits' gradient in the trunk
+    server_weight: float = 0.0  # of the server's gradient in the trunk
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether the server has to return dLoss/dActivations."""
+        return self.server_weight != 0.0
+
+
+def trunk_weights(gradient: str, exit_weight: float = 0.5) -> tuple[float, float]:
+    """(exit_weight, server_weight) of a gradient mode: local, server or both.
+
+    The exits themselves learn from their own loss in full whatever the mode: an exit_weight of 0
+    is then exactly server, and one of 1 exactly local.
+    """
+    mixed = (exit_weight, 1.0 - exit_weight)
+    return {"local": (1.0, 0.0), "server": (0.0, 1.0), "both": mixed}[gradient]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a client stands: samples held, place in its data order, steps taken."""
+
+    samples: int
+    seed: int
+    epoch: int = 0
+    position: int = 0  # samples of this epoch already used
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class State:
+    """All of a client that a reset, a resume or an aggregation needs."""
+
+    weights: Mapping[str, Array]  # float32 parameters and statistics by name
+    momentum: Mapping[str, Array]  # by parameter; empty without momentum
+    place: Place
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a forward pass sends up."""
+
+    activations: Tensor  # float32, (count, *shape)
+    labels: Tensor  # int64, (count,)
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A batch at the exit at the cut, measured before the step."""
+
+    loss: float  # mean cross-entropy, nats
+    correct: int
+
+
+@dataclass
+class Traffic:
+    """Bytes that crossed a client's link."""
+
+    up: int = 0
+    down: int = 0
+    activations_up: int = 0  # the share of up that training batches sent
+
+
+class Client(Protocol):
+    """A device behind a link or a network in this process: strategies cannot tell.
+
+    A method raises LinkError when the client is lost.
+    """
+
+    name: str
+    cut: str
+    capacity: int  # samples that it holds at once
+    settings: Settings
+    traffic: Traffic
+
+    def start(self, state: State, images: Images) -> None:
+        """Makes it this client: sends what it lacks of the shard, then the state."""
+
+    def forward(self, count: int, batch: int) -> Part:
+        """Runs its next count samples forward, as a part of a batch of batch samples."""
+
+    def backward(self, gradient: Tensor | None) -> None:
+        """Runs the last part backward; gradient is dLoss/dActivations, where it wants one."""
+
+    def step(self) -> Stepped:
+        """Updates its weights with the gradients of the whole batch."""
+
+    def infer(self, images: Array) -> tuple[Tensor, Tensor]:
+        """Activations and logits of the exit at the cut, of at most capacity uint8 images."""
+
+    def state(self) -> State:
+        """Everything that it has learnt, and its place."""
+
+    def load_weights(self, weights: Mapping[str, Array]) -> None:
+        """Replaces its weights, after an aggregation."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+class _Weighted(torch.autograd.Function):
+    """The identity, whose gradient is weighted on the way back (a branch of the graph)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.weight, None
+
+
+def _weighted(x: Tensor, weight: float) -> Tensor:
+    return _Weighted.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass
+class _Pass:
+    """What forward leaves for backward."""
+
+    activations: Tensor
+    loss: Tensor
+
+
+class LocalClient:
+    """A client in this process, in torch."""
+
+    def __init__(
+        self,
+        name: str,
+        segment: Segment,
+        settings: Settings,
+        *,
+        capacity: int,
+        scale: tuple[float, ...],
+        shift: tuple[float, ...],
+        device: str = "cpu",
+    ) -> None:
+        self.name = name
+        self.cut = segment.cut.name
+        self.capacity = capacity
+        self.traffic = Traffic()
+        self.segment = segment.to(device).train()
+        self.device = device
+        self._parameters = {
+            n: t for n, t in segment.tensors().items() if isinstance(t, torch.nn.Parameter)
+        }
+        self._optimizer = torch.optim.SGD(self._parameters.values(), lr=settings.learning_rate)
+        self.settings = settings
+        self._scale = torch.tensor(scale, device=device)[:, None, None]
+        self._shift = torch.tensor(shift, device=device)[:, None, None]
+        self._images = Images(np.zeros((0,)), np.zeros((0,)))
+        self.place = Place(0, 0)
+        self._order: Array = np.zeros(0, np.int64)
+        self._pass: _Pass | None = None
+        self._loss = 0.0
+        self._correct = 0
+
+    @property
+    def settings(self) -> Settings:
+        """What it learns with; may be replaced between batches."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self._settings = settings
+        for group in self._optimizer.param_groups:
+            group.update(
+                lr=settings.learning_rate,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+            )
+
+    def start(self, state: State, images: Images) -> None:
+        """Takes over shard and state."""
+        self._images = images
+        self.load_state(state)
+
+    def load_state(self, state: State) -> None:
+        """Replaces weights, momentum and place."""
+        self.load_weights(state.weights)
+        self.load_momentum(state.momentum)
+        self.place = state.place
+        self._order = draw_order(state.place.samples, state.place.seed, state.place.epoch)
+        self._optimizer.zero_grad()
+        self._pass = None
+        self._loss, self._correct = 0.0, 0
+
+    def load_momentum(self, momentum: Mapping[str, Array]) -> None:
+        """Replaces the optimiser's velocity; parameters that are not named begin anew."""
+        self._optimizer.state.clear()
+        for name, value in momentum.items():
+            buffer = torch.tensor(value, device=self.device)
+            self._optimizer.state[self._parameters[name]]["momentum_buffer"] = buffer
+
+    def load_weights(self, weights: Mapping[str, Array]) -> None:
+        """Replaces parameters and statistics."""
+        with torch.no_grad():
+            for name, tensor in self.segment.tensors().items():
+                tensor.copy_(torch.as_tensor(weights[name]))
+
+    def state(self) -> State:
+        """Everything that it has learnt, and its place."""
+        weights = {n: _array(t) for n, t in self.segment.tensors().items()}
+        momentum: dict[str, Array] = {}
+        if self.settings.momentum:
+            for name, parameter in self._parameters.items():
+                buffer = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
+                momentum[name] = (
+                    np.zeros(parameter.shape, np.float32) if buffer is None else _array(buffer)
+                )
+        return State(weights, momentum, self.place)
+
+    def upcoming(self, count: int) -> Images:
+        """The next count samples of the data order; a new epoch begins where one has ended."""
+        p = self.place
+        if p.position == p.samples:
+            self.place = p = replace(p, epoch=p.epoch + 1, position=0)
+            self._order = draw_order(p.samples, p.seed, p.epoch)
+        return self._images[self._order[p.position : p.position + count]]
+
+    def _input(self, images: Array) -> Tensor:
+        return torch.tensor(images, device=self.device) * self._scale + self._shift
+
+    def forward(self, count: int, batch: int) -> Part:
+        """Runs its next count samples forward."""
+        part = self.upcoming(count)
+        self.place = replace(self.place, position=self.place.position + len(part))
+        labels = torch.as_tensor(part.y, device=self.device).long()
+        points = self.segment.trunk(self._input(part.x))
+        exit_weight = self.settings.exit_weight
+        loss = torch.zeros((), device=self.device)
+        for head, point in zip(self.segment.exits, points, strict=True):
+            x = _weighted(point, exit_weight) if exit_weight else point.detach()
+            logits = head(x)
+            own = F.cross_entropy(logits, labels, reduction="sum") / batch
+            loss = loss + own
+        self._loss += own.item()
+        self._correct += int((logits.argmax(1) == labels).sum())
+        self._pass = _Pass(points[-1], loss)
+        sent = points[-1].detach()
+        self.traffic.activations_up += sent.nbytes + count
+        self.traffic.up += sent.nbytes + count
+        return Part(sent, labels)
+
+    def backward(self, gradient: Tensor | None) -> None:
+        """Runs the last part backward; gradients add up."""
+        assert self._pass is not None, "backward comes after forward"
+        tensors, gradients = [self._pass.loss], [torch.ones_like(self._pass.loss)]
+        if gradient is not None:
+            self.traffic.down += gradient.nbytes
+            tensors.append(self._pass.activations)
+            gradients.append(gradient.to(self.device) * self.settings.server_weight)
+        torch.autograd.backward(tensors, gradients)
+        self._pass = None
+
+    def step(self) -> Stepped:
+        """One SGD step; parameters that nothing taught keep still."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.place = replace(self.place, steps=self.place.steps + 1)
+        result = Stepped(self._loss, self._correct)
+        self._loss, self._correct = 0.0, 0
+        return result
+
+    @torch.no_grad()
+    def infer(self, images: Array) -> tuple[Tensor, Tensor]:
+        """Activations and logits, with the statistics of training."""
+        self.segment.eval()
+        points, logits = self.segment(self._input(images))
+        self.segment.train()
+        return points[-1], logits[-1]
+
+    def gradients(self) -> dict[str, Array]:
+        """Gradients of this batch so far, by parameter (zeros where nothing came)."""
+        return {
+            n: np.zeros(p.shape, np.float32) if p.grad is None else _array(p.grad)
+            for n, p in self._parameters.items()
+        }
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.detach().cpu().numpy().astype(np.float32, copy=True)

@@ -1,0 +1,70 @@
+"""The exceptions of hetero-splitee; every message says what happened, where, and the cure.
+
+SpliteeError
+├── FleetError          the fleet file cannot be used (file, line, key)
+├── ModelError          the network cannot be cut, captured or written
+│   └── CutError        no such cut; lists those there are
+├── FitError            a segment is larger than its board
+├── BuildError          the firmware did not build
+├── MissingTool         a program that is needed is not installed
+├── CheckpointError     a run cannot be written or read
+└── LinkError           a device cannot be reached
+    ├── Timeout         no answer in time
+    ├── LinkClosed      the other end is gone
+    ├── Mismatch        the device runs another firmware than this host expects
+    └── DeviceRefused   the device refused a request
+"""
+
+from __future__ import annotations
+
+
+class SpliteeError(Exception):
+    """Base of all errors that a user can cure; the command line prints them without a traceback."""
+
+
+class FleetError(SpliteeError):
+    """The fleet file cannot be used."""
+
+
+class ModelError(SpliteeError):
+    """The network cannot be cut, captured or written."""
+
+
+class CutError(ModelError):
+    """There is no such cut."""
+
+
+class FitError(SpliteeError):
+    """A segment is larger than its board."""
+
+
+class BuildError(SpliteeError):
+    """The firmware did not build."""
+
+
+class MissingTool(SpliteeError):
+    """A program that is needed is not installed."""
+
+
+class CheckpointError(SpliteeError):
+    """A run cannot be written or read."""
+
+
+class LinkError(SpliteeError):
+    """A device cannot be reached."""
+
+
+class Timeout(LinkError):
+    """No answer in time."""
+
+
+class LinkClosed(LinkError):
+    """The other end is gone."""
+
+
+class Mismatch(LinkError):
+    """The device runs another firmware than this host expects."""
+
+
+class DeviceRefused(LinkError):
+    """The device refused a request."""

@@ -1,0 +1,39 @@
+"""Early exits: the head on top of a cut, and how sure it is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+GRID = 4
+
+
+def grid_for(shape: tuple[int, int, int], grid: int = GRID) -> tuple[int, int]:
+    """The largest grid of at most grid x grid cells that divides a (channels, height, width)."""
+    _, height, width = shape
+    return (
+        max(g for g in range(1, min(grid, height) + 1) if height % g == 0),
+        max(g for g in range(1, min(grid, width) + 1) if width % g == 0),
+    )
+
+
+class Exit(nn.Module):
+    """Pools activations of a (channels, height, width) to a small grid, then one linear layer."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, grid: int = GRID) -> None:
+        super().__init__()
+        rows, columns = grid_for(shape, grid)
+        self.pool = nn.AdaptiveAvgPool2d((rows, columns))
+        self.flatten = nn.Flatten()
+        self.linear = nn.Linear(shape[0] * rows * columns, classes)
+
+    def forward(self, activations: Tensor) -> Tensor:
+        return self.linear(self.flatten(self.pool(activations)))  # type: ignore[no-any-return]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Normalised entropy H(softmax(logits)) / ln K of each row, in [0, 1]: 0 is certainty."""
+    log_p = torch.log_softmax(logits, dim=-1)
+    return -(log_p.exp() * log_p).sum(-1) / math.log(logits.shape[-1])

@@ -1,0 +1,166 @@
+"""The fleet file: every setting of a run, with its default, checked as it is read."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from splitee.client import Settings, trunk_weights
+from splitee.errors import FleetError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelTable(_Table):
+    """The network."""
+
+    name: str = "resnet8"
+    width: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: the literature's
+    norm: Literal["auto", "group", "batch"] = "auto"  # auto: group where firmware is in the fleet
+
+
+class DataTable(_Table):
+    """The data and its shards."""
+
+    name: str = "digits"
+
+
+class OptimizerTable(_Table):
+    """SGD, on clients and server alike."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ClientTable(_Table):
+    """One client."""
+
+    name: Name
+    board: str = "torch"  # a name that `splitee boards` lists
+    link: str | None = None  # None: the board's own; or an address of a device that runs already
+    cut: str | int = "auto"  # module path, number, or auto: the deepest that fits
+    capacity: Annotated[int, Field(ge=1, le=4096)] | None = None  # samples held at once
+    share: Annotated[float, Field(gt=0)] = 1.0  # of the training data, relative to the others
+
+
+class Fleet(_Table):
+    """A run: its clients and how they learn together."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    rounds: Annotated[int, Field(ge=1)] = 10
+    batch: Annotated[int, Field(ge=1, le=4096)] = 16
+    strategy: Literal["averaging", "sequential"] = "averaging"
+    gradient: Literal["local", "server", "both"] = "local"
+    exit_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    aggregate: Literal["server", "all"] = "server"
+    exits: Literal["own", "upto"] = "own"
+    period: Annotated[int, Field(ge=1)] = 1  # rounds between two aggregations
+    entropy: Annotated[float, Field(ge=0, le=1)] = 0.5  # an exit answers up to this
+    rejoin_within: Annotated[float, Field(gt=0)] = 30.0  # seconds of silence; then a client is out
+    model: ModelTable = ModelTable()
+    data: DataTable = DataTable()
+    optimizer: OptimizerTable = OptimizerTable()
+    client: Annotated[list[ClientTable], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Fleet:
+        names = [c.name for c in self.client]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise PydanticCustomError("twice", "there is such a client already", {"index": i})
+        return self
+
+    @property
+    def settings(self) -> Settings:
+        """What clients and server learn with."""
+        o = self.optimizer
+        weights = trunk_weights(self.gradient, self.exit_weight)
+        return Settings(o.learning_rate, o.momentum, o.weight_decay, *weights)
+
+
+def read(path: Path) -> Fleet:
+    """The fleet in a file.
+
+    Raises FleetError with file, line and key when it cannot be read or says something unknown.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FleetError(f"{path}: {error.strerror}: is the path right?") from error
+    except UnicodeDecodeError as error:
+        raise FleetError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, where: str = "fleet file") -> Fleet:
+    """The fleet in a text; where is named in errors."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"\(at (?:line (\d+)|end of document)", str(error))
+        line = found.group(1) if found and found.group(1) else str(text.count("\n") + 1)
+        reason = str(error).split(" (at ")[0]
+        raise FleetError(f"{where}:{line}: not TOML: {reason}") from error
+    try:
+        return Fleet.model_validate(table)
+    except ValidationError as error:
+        raise FleetError("\n".join(_explain(e, text, where) for e in error.errors())) from error
+
+
+def _explain(error: Any, text: str, where: str) -> str:
+    """One line for one of pydantic's errors: file, line, key, what is wrong and what may stand."""
+    path = tuple(error["loc"])
+    path = path[: 3 if path[:1] == ("client",) else 2]  # behind a key pydantic names union branches
+    if error["type"] == "twice":
+        path = ("client", error["ctx"]["index"], "name")
+    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        table = path[0] if len(path) > 1 else ""
+        tables: dict[Any, type[BaseModel]] = {
+            "model": ModelTable, "data": DataTable, "optimizer": OptimizerTable,
+            "client": ClientTable,
+        }  # fmt: skip
+        keys = tables.get(table, Fleet).model_fields
+        message = f"there is no such key; there are {', '.join(keys)}"
+    elif error["type"] not in ("missing", "twice"):
+        message += f", not {error['input']!r}"
+    return f"{where}:{line_of(text, path)}: {key + ': ' if key else ''}{message}"
+
+
+def line_of(text: str, path: tuple[str | int, ...]) -> int:
+    """The line of a key or table in a TOML text; where it does not stand, that of its table."""
+    wanted = ".".join(p for p in path if isinstance(p, str))
+    parent = wanted.rpartition(".")[0]
+    index = next((p for p in path if isinstance(p, int)), 0)
+    table, best = "", 1
+    seen: Counter[str] = Counter()  # [[tables]] of that name so far
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*(\[\[?)\s*([\w.-]+)\s*\]", line)
+        key = re.match(r"\s*([\w.-]+)\s*=", line)
+        if header:
+            table = here = header.group(2)
+            seen[table] += header.group(1) == "[["
+        elif key:
+            here = f"{table}.{key.group(1)}".lstrip(".")
+        else:
+            continue
+        if seen[table] not in (0, index + 1):
+            continue
+        if here == wanted:
+            return number
+        if here == parent:
+            best = number
+    return best

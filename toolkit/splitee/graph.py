@@ -1,0 +1,152 @@
+"""A client's half of the network as data: what is planned, exported and compared.
+
+A ``Graph`` is a tuple of operations in the order in which they run. It holds no torch object, so
+that exporters and the memory plan need numpy only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from splitee.ops import OPS, Array, Shape
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation; the tensor that it makes carries its name."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)  # role -> name in Graph.weights
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Trunk and exits of one client."""
+
+    input: str
+    input_shape: Shape  # of one sample: (channels, height, width)
+    ops: tuple[Op, ...]
+    parameters: Mapping[str, Array]  # trained, by state-dict name, in the order of the state
+    statistics: Mapping[str, Array]  # running statistics of norms
+    cut: str  # the tensor that is sent
+    exits: Mapping[str, str]  # name of a cut -> its logits; the last is the exit at this cut
+    classes: int
+
+    @cached_property
+    def weights(self) -> dict[str, Array]:
+        """Parameters, then statistics: everything the client's state holds beside momentum."""
+        return {**self.parameters, **self.statistics}
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of one sample of every tensor."""
+        shapes: dict[str, Shape] = {self.input: self.input_shape}
+        for op in self.ops:
+            weights = {role: self.weights[name].shape for role, name in op.weights.items()}
+            inputs = [shapes[name] for name in op.inputs]
+            shapes[op.name] = OPS[op.kind].shape(op.attrs, inputs, weights)
+        return shapes
+
+    @property
+    def logits(self) -> str:
+        """The logits of the exit at the cut."""
+        return list(self.exits.values())[-1]
+
+    def elements(self, tensor: str) -> int:
+        """Values per sample of a tensor."""
+        return math.prod(self.shapes[tensor])
+
+    @cached_property
+    def parameter_size(self) -> int:
+        """Number of trained values."""
+        return sum(p.size for p in self.parameters.values())
+
+    @cached_property
+    def weight_size(self) -> int:
+        """Number of trained values and statistics."""
+        return sum(w.size for w in self.weights.values())
+
+    def needs_gradient(self, tensor: str) -> bool:
+        """Whether anything that learns lies above the tensor."""
+        return tensor in self._learning
+
+    @cached_property
+    def _learning(self) -> frozenset[str]:
+        learning: set[str] = set()
+        for op in self.ops:
+            if op.weights or learning.intersection(op.inputs):
+                learning.add(op.name)
+        return frozenset(learning)
+
+    def macs(self) -> tuple[int, int]:
+        """Multiply-accumulates of one sample, (forward, backward), convolutions and linear layers.
+
+        Backward computes a gradient of the weights everywhere and one of the input where
+        something above learns.
+        """
+        forward = backward = 0
+        for op in self.ops:
+            weights = {role: self.weights[name].shape for role, name in op.weights.items()}
+            macs = OPS[op.kind].macs(self.shapes[op.name], weights)
+            forward += macs
+            backward += macs * (1 + self.needs_gradient(op.inputs[0]))
+        return forward, backward
+
+    def run(self, x: Array) -> dict[str, Array]:
+        """Every tensor for a batch x (n, channels, height, width), in the dtype of x."""
+        values: dict[str, Array] = {self.input: x}
+        for op in self.ops:
+            weights = {
+                role: self.weights[name].astype(x.dtype) for role, name in op.weights.items()
+            }
+            inputs = [values[name] for name in op.inputs]
+            values[op.name] = OPS[op.kind].run(op.attrs, inputs, weights)
+        return values
+
+    def flatten(self, weights: Mapping[str, Array]) -> Array:
+        """Weights as the one float32 vector that a device keeps, in the graph's order."""
+        return _flatten(weights, self.weights)
+
+    def unflatten(self, vector: Array) -> dict[str, Array]:
+        """The inverse of flatten."""
+        return _unflatten(vector, self.weights)
+
+    def flatten_parameters(self, values: Mapping[str, Array]) -> Array:
+        """The same for one value per parameter, such as gradients or momentum."""
+        return _flatten(values, self.parameters)
+
+    def unflatten_parameters(self, vector: Array) -> dict[str, Array]:
+        """The inverse of flatten_parameters."""
+        return _unflatten(vector, self.parameters)
+
+    def checksum(self, **build: int) -> int:
+        """CRC-32 of the structure and of build settings; the values of weights do not count."""
+        structure = [
+            self.input_shape,
+            [[o.kind, o.name, o.inputs, dict(o.attrs), dict(o.weights)] for o in self.ops],
+            [[name, w.shape] for name, w in self.weights.items()],
+            [self.cut, dict(self.exits), self.classes, build],
+        ]
+        return zlib.crc32(json.dumps(structure, sort_keys=True).encode())
+
+
+def _flatten(values: Mapping[str, Array], names: Mapping[str, Array]) -> Array:
+    vectors = [np.asarray(values[name], np.float32).ravel() for name in names]
+    return np.concatenate([np.zeros(0, np.float32), *vectors])
+
+
+def _unflatten(vector: Array, like: Mapping[str, Array]) -> dict[str, Array]:
+    ends = np.cumsum([a.size for a in like.values()])
+    parts = np.split(vector, ends[:-1]) if like else []
+    return {n: p.reshape(like[n].shape).copy() for n, p in zip(like, parts, strict=True)}

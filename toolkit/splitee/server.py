@@ -1,0 +1,81 @@
+"""The server's half: learns from activations, and returns gradients where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from splitee.client import Settings
+from splitee.model import Tail
+
+
+class Server:
+    """The stages behind the cuts, and their optimiser; entered at any client's cut."""
+
+    def __init__(self, tail: Tail, settings: Settings, device: str = "cpu") -> None:
+        self.tail = tail.to(device).train()
+        self.device = device
+        self._optimizer = torch.optim.SGD(
+            self.tail.parameters(),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        self._loss = 0.0
+
+    def learn(
+        self, activations: Tensor, labels: Tensor, cut: str, batch: int, *, gradient: bool
+    ) -> Tensor | None:
+        """Adds up the gradients of a part of a batch of batch samples.
+
+        Returns dLoss/dActivations, of the loss as a mean over the whole batch, when gradient is
+        true. Nothing is updated before ``step``.
+        """
+        x = activations.to(self.device).requires_grad_(gradient)
+        loss = F.cross_entropy(self.tail(x, cut), labels.to(self.device), reduction="sum") / batch
+        torch.autograd.backward(loss)
+        self._loss += loss.item()
+        return x.grad
+
+    def step(self) -> float:
+        """Updates the stages that this batch went through; returns the batch's mean loss, nats."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        loss, self._loss = self._loss, 0.0
+        return loss
+
+    def discard(self) -> None:
+        """Forgets the gradients of a batch that was not finished."""
+        self._optimizer.zero_grad()
+        self._loss = 0.0
+
+    @torch.no_grad()
+    def infer(self, activations: Tensor, cut: str) -> Tensor:
+        """Logits (batch, classes), with the statistics of training."""
+        self.tail.eval()
+        logits: Tensor = self.tail(activations.to(self.device), cut)
+        self.tail.train()
+        return logits
+
+    def tensors(self, cut: str | None = None) -> dict[str, Tensor]:
+        """The live parameters and statistics (behind the cut, if given) by name."""
+        return self.tail.tensors(cut)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Replaces those parameters and statistics that are given; others stay."""
+        for name, tensor in self.tensors().items():
+            if name in weights:
+                tensor.copy_(weights[name])
+
+    def momentum(self) -> dict[str, Tensor]:
+        """The optimiser's velocity by parameter name, for those that have one."""
+        found = {}
+        for name, parameter in self.tensors().items():
+            state = self._optimizer.state.get(parameter)
+            if state and state.get("momentum_buffer") is not None:
+                found[name] = state["momentum_buffer"]
+        return found

@@ -1,0 +1,183 @@
+"""The loop, written once: one batch, a client's pass of a round, a whole training, a test."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from splitee.client import Client, State
+from splitee.data import Images
+from splitee.exits import entropy
+from splitee.ops import Array
+from splitee.server import Server
+
+
+@dataclass(frozen=True)
+class BatchDone:
+    """One batch of one client. Losses are means over the batch, in nats, before the step."""
+
+    client: str
+    samples: int
+    exit_loss: float
+    exit_correct: int
+    server_loss: float
+
+
+@dataclass(frozen=True)
+class ClientDone:
+    """One client's pass of a round."""
+
+    client: str
+    round: int
+    samples: int
+    exit_loss: float
+    exit_accuracy: float  # on the training samples as they came, at the exit at the cut
+    server_loss: float
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    state: State
+
+
+@dataclass(frozen=True)
+class ClientLost:
+    """A client that did not finish its pass; the round goes on without it."""
+
+    client: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundDone:
+    """A complete round, after aggregation. states: what each client holds now."""
+
+    round: int
+    states: dict[str, State]
+
+
+Event = BatchDone | ClientDone | ClientLost | RoundDone
+
+
+class Strategy(Protocol):
+    """How clients and server learn together."""
+
+    clients: list[Client]  # those that take part, in the fleet file's order
+
+    def server(self, client: str) -> Server:
+        """The server network that completes this client's."""
+
+    def round(self, number: int) -> Iterator[Event]:
+        """One round; ends with a RoundDone."""
+
+
+def train_batch(client: Client, server: Server, batch: int) -> BatchDone:
+    """One step of both halves on the client's next batch samples, in parts of its capacity."""
+    left = batch
+    while left:
+        part = client.forward(min(left, client.capacity), batch)
+        gradient = server.learn(
+            part.activations,
+            part.labels,
+            client.cut,
+            batch,
+            gradient=client.settings.wants_gradient,
+        )
+        client.backward(gradient)
+        left -= len(part.labels)
+    stepped = client.step()
+    return BatchDone(client.name, batch, stepped.loss, stepped.correct, server.step())
+
+
+def train_pass(
+    client: Client,
+    server: Server,
+    number: int,
+    samples: int,
+    batch: int,
+    emit: Callable[[Event], None],
+) -> ClientDone:
+    """A client's whole pass of a round: its samples once, in batches; the last may be smaller."""
+    began = time.perf_counter()
+    up, down = client.traffic.up, client.traffic.down
+    exit_loss = server_loss = 0.0
+    correct = 0
+    for start in range(0, samples, batch):
+        done = train_batch(client, server, min(batch, samples - start))
+        exit_loss += done.exit_loss * done.samples
+        server_loss += done.server_loss * done.samples
+        correct += done.exit_correct
+        emit(done)
+    state = client.state()
+    return ClientDone(
+        client=client.name,
+        round=number,
+        samples=samples,
+        exit_loss=exit_loss / samples,
+        exit_accuracy=correct / samples,
+        server_loss=server_loss / samples,
+        seconds=time.perf_counter() - began,
+        bytes_up=client.traffic.up - up,
+        bytes_down=client.traffic.down - down,
+        state=state,
+    )
+
+
+def fit(strategy: Strategy, rounds: int, first: int = 1) -> Iterator[Event]:
+    """Trains for rounds first..rounds, or until no client is left."""
+    for number in range(first, rounds + 1):
+        yield from strategy.round(number)
+        if not strategy.clients:
+            return
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a client and its server say of test images."""
+
+    labels: Array  # (samples,)
+    exit_logits: Array  # (samples, classes)
+    server_logits: Array  # (samples, classes)
+
+    @property
+    def exit_accuracy(self) -> float:
+        """At the exit at the client's cut, 0..1."""
+        return float((self.exit_logits.argmax(1) == self.labels).mean())
+
+    @property
+    def server_accuracy(self) -> float:
+        """Through the server, 0..1."""
+        return float((self.server_logits.argmax(1) == self.labels).mean())
+
+    @property
+    def server_loss(self) -> float:
+        """Mean cross-entropy through the server, nats."""
+        logits, labels = torch.as_tensor(self.server_logits), torch.as_tensor(self.labels).long()
+        return float(F.cross_entropy(logits, labels))
+
+    def early(self, threshold: float) -> tuple[float, float]:
+        """The share of samples that the exit answers, and the accuracy of all.
+
+        An exit whose normalised entropy is at most threshold answers, the server all others.
+        """
+        sure = entropy(torch.as_tensor(self.exit_logits)).numpy() <= threshold
+        chosen = np.where(sure[:, None], self.exit_logits, self.server_logits).argmax(1)
+        return float(sure.mean()), float((chosen == self.labels).mean())
+
+
+def evaluate(client: Client, server: Server, images: Images) -> Answers:
+    """Runs test images through the client and on through the server."""
+    exits: list[Tensor] = []
+    servers: list[Tensor] = []
+    for start in range(0, len(images), client.capacity):
+        activations, logits = client.infer(images.x[start : start + client.capacity])
+        exits.append(logits.cpu())
+        servers.append(server.infer(activations, client.cut).cpu())
+    return Answers(images.y, torch.cat(exits).numpy(), torch.cat(servers).numpy())
