@@ -1,0 +1,315 @@
+"""Graph -> segment.c: a list of calls to the hand-written kernels, over one static arena.
+
+The file implements ``firmware/core/segment.h``. Every step of the schedule is a case of one switch,
+so that the release firmware can also be single-stepped and compared tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from splitee import arena
+from splitee.arena import Step, gradient
+from splitee.errors import ModelError
+from splitee.graph import Graph, Op
+from splitee.ops import Array, Shape
+from splitee.place import Build
+
+KINDS = (
+    "conv2d", "linear", "group_norm", "relu", "add", "max_pool", "avg_pool", "branch"
+)  # fmt: skip
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _literals(values: Array) -> str:
+    """Values as exact hexadecimal C literals, four to a line."""
+    # a mantissa of float32 ends in zeros as a double's
+    texts = [
+        re.sub(r"\.?0+p", "p", float(v).hex()) + "f" for v in np.asarray(values, np.float32).ravel()
+    ]
+    lines = [", ".join(texts[i : i + 4]) for i in range(0, len(texts), 4)]
+    return ",\n    ".join(lines)
+
+
+class _Writer:
+    def __init__(self, build: Build) -> None:
+        self.build = build
+        self.graph: Graph = build.graph
+        for op in self.graph.ops:
+            if op.kind not in KINDS:
+                raise ModelError(
+                    f"{op.name}: the C exporter has no {op.kind}; it has {', '.join(KINDS)}"
+                    + ('; take norm = "group"' if op.kind == "batch_norm" else "")
+                )
+            if op.kind == "conv2d" and op.attrs["groups"] != 1:
+                raise ModelError(f"{op.name}: the C exporter has no grouped convolution")
+        self.weight_places: dict[str, int] = {}
+        place = 0
+        for name, value in self.graph.weights.items():
+            self.weight_places[name] = place
+            place += value.size
+
+    # names of things in C
+
+    def buffer(self, name: str) -> str:
+        """A pointer to a buffer of the arena."""
+        name = self.build.schedule.aliases.get(name, name)
+        return f"(arena + {self.build.plan.offsets[name] // 4})"
+
+    def shape(self, tensor: str) -> Shape:
+        return self.graph.shapes[tensor]
+
+    def size(self, tensor: str) -> str:
+        """Number of values in a tensor of the part at hand."""
+        return f"n * {self.graph.elements(tensor)}"
+
+    def weight(self, op: Op, role: str) -> str:
+        return f"weights + {self.weight_places[op.weights[role]]}" if role in op.weights else "NULL"
+
+    def weight_gradient(self, op: Op, role: str) -> str:
+        if role not in op.weights:
+            return "NULL"
+        return f"{self.buffer(arena.GRADIENTS)} + {self.weight_places[op.weights[role]]}"
+
+    def input_gradient(self, op: Op, index: int = 0) -> str:
+        name = op.inputs[index]
+        return self.buffer(gradient(name)) if self.graph.needs_gradient(name) else "NULL"
+
+    def saved(self, op: Op, name: str, kind: str = "") -> str:
+        return kind + self.buffer(arena.saved(op, name))
+
+    # steps
+
+    def call(self, step: Step) -> list[str]:
+        """The statements of a step; a send has none."""
+        if step.action == "send":
+            return []
+        if step.action == "weigh":
+            cut = self.graph.cut
+            return [
+                f"gradient_weigh({self.buffer(gradient(cut))}, pass->server_weight, "
+                f"{self.size(cut)})"
+            ]
+        if step.exit is not None:
+            return [*self.clears(step), self.loss(step)]
+        assert step.op is not None
+        method = getattr(self, f"{step.op.kind}_{step.action}")
+        return [*self.clears(step), method(step.op)]
+
+    def clears(self, step: Step) -> list[str]:
+        return [
+            f"memset({self.buffer(d)}, 0, {self.size(tensor)} * sizeof(float))"
+            for tensor in self.graph.shapes
+            if (d := gradient(tensor)) in step.clears
+        ]
+
+    def loss(self, step: Step) -> str:
+        assert step.exit is not None
+        logits = self.graph.exits[step.exit]
+        p = self.buffer(f"{logits}:softmax")
+        rest = f"pass->labels, pass->inverse_batch, {self.graph.classes}, n)"
+        if step.action == "loss_backward":
+            d = self.buffer(gradient(logits))
+            return f"softmax_cross_entropy_backward({d}, {p}, {rest}"
+        own = logits == self.graph.logits
+        out = "&pass->loss, &pass->correct" if own else "NULL, NULL"
+        return f"softmax_cross_entropy_forward({p}, {out}, {self.buffer(logits)}, {rest}"
+
+    def conv2d_forward(self, op: Op) -> str:
+        return (
+            f"conv2d_forward({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
+            f"{self.weight(op, 'weight')}, {self.weight(op, 'bias')}, &{self.window(op)}, n)"
+        )
+
+    def conv2d_backward(self, op: Op) -> str:
+        return (
+            f"conv2d_backward({self.input_gradient(op)}, {self.weight_gradient(op, 'weight')}, "
+            f"{self.weight_gradient(op, 'bias')}, {self.buffer(gradient(op.name))}, "
+            f"{self.buffer(op.inputs[0])}, {self.weight(op, 'weight')}, &{self.window(op)}, n)"
+        )
+
+    def linear_forward(self, op: Op) -> str:
+        inputs, outputs = self.graph.elements(op.inputs[0]), self.graph.elements(op.name)
+        return (
+            f"linear_forward({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
+            f"{self.weight(op, 'weight')}, {self.weight(op, 'bias')}, {inputs}, {outputs}, n)"
+        )
+
+    def linear_backward(self, op: Op) -> str:
+        inputs, outputs = self.graph.elements(op.inputs[0]), self.graph.elements(op.name)
+        return (
+            f"linear_backward({self.input_gradient(op)}, {self.weight_gradient(op, 'weight')}, "
+            f"{self.weight_gradient(op, 'bias')}, {self.buffer(gradient(op.name))}, "
+            f"{self.buffer(op.inputs[0])}, {self.weight(op, 'weight')}, {inputs}, {outputs}, n)"
+        )
+
+    def group_norm_forward(self, op: Op) -> str:
+        channels, height, width = self.shape(op.name)
+        return (
+            f"group_norm_forward({self.buffer(op.name)}, {self.saved(op, 'mean')}, "
+            f"{self.saved(op, 'rstd')}, {self.buffer(op.inputs[0])}, {self.weight(op, 'weight')}, "
+            f"{self.weight(op, 'bias')}, {channels}, {op.attrs['groups']}, {height * width}, "
+            f"{_literals(np.array(op.attrs['epsilon']))}, n)"
+        )
+
+    def group_norm_backward(self, op: Op) -> str:
+        channels, height, width = self.shape(op.name)
+        return (
+            f"group_norm_backward({self.input_gradient(op)}, "
+            f"{self.weight_gradient(op, 'weight')}, {self.weight_gradient(op, 'bias')}, "
+            f"{self.buffer(gradient(op.name))}, {self.buffer(op.inputs[0])}, "
+            f"{self.weight(op, 'weight')}, {self.saved(op, 'mean')}, {self.saved(op, 'rstd')}, "
+            f"{channels}, {op.attrs['groups']}, {height * width}, n)"
+        )
+
+    def relu_forward(self, op: Op) -> str:
+        y, x = self.buffer(op.name), self.buffer(op.inputs[0])
+        return f"relu_forward({y}, {x}, {self.size(op.name)})"
+
+    def relu_backward(self, op: Op) -> str:
+        dy, y = self.buffer(gradient(op.name)), self.buffer(op.name)
+        return f"relu_backward({self.input_gradient(op)}, {dy}, {y}, {self.size(op.name)})"
+
+    def add_forward(self, op: Op) -> str:
+        a, b = (self.buffer(name) for name in op.inputs)
+        return f"add_forward({self.buffer(op.name)}, {a}, {b}, {self.size(op.name)})"
+
+    def add_backward(self, op: Op) -> str:
+        da, db = self.input_gradient(op, 0), self.input_gradient(op, 1)
+        return f"add_backward({da}, {db}, {self.buffer(gradient(op.name))}, {self.size(op.name)})"
+
+    def max_pool_forward(self, op: Op) -> str:
+        return (
+            f"max_pool_forward({self.buffer(op.name)}, {self.saved(op, 'winner', '(uint8_t *)')}, "
+            f"{self.buffer(op.inputs[0])}, &{self.window(op)}, n)"
+        )
+
+    def max_pool_backward(self, op: Op) -> str:
+        winner = self.saved(op, "winner", "(const uint8_t *)")
+        return (
+            f"max_pool_backward({self.input_gradient(op)}, {self.buffer(gradient(op.name))}, "
+            f"{winner}, &{self.window(op)}, n)"
+        )
+
+    def avg_pool_forward(self, op: Op) -> str:
+        return (
+            f"avg_pool_forward({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
+            f"&{self.window(op)}, n)"
+        )
+
+    def avg_pool_backward(self, op: Op) -> str:
+        return (
+            f"avg_pool_backward({self.input_gradient(op)}, {self.buffer(gradient(op.name))}, "
+            f"&{self.window(op)}, n)"
+        )
+
+    def branch_backward(self, op: Op) -> str:
+        dy = self.buffer(gradient(op.name))
+        return (
+            f"branch_backward({self.input_gradient(op)}, {dy}, pass->exit_weight, "
+            f"{self.size(op.name)})"
+        )
+
+    # the file
+
+    def window(self, op: Op) -> str:
+        return f"window_{_identifier(op.name)}"
+
+    def windows(self) -> Iterable[str]:
+        for op in self.graph.ops:
+            if "kernel" in op.attrs:
+                values = [
+                    *self.shape(op.inputs[0]), *self.shape(op.name),
+                    *op.attrs["kernel"], *op.attrs["stride"], *op.attrs["padding"],
+                ]  # fmt: skip
+                text = ", ".join(str(v) for v in values)
+                yield f"static const struct window {self.window(op)} = {{{text}}};"
+
+    def cases(self) -> Iterable[str]:
+        for number, step in enumerate(self.build.schedule.steps):
+            what = step.op.name if step.op else step.exit or self.graph.cut
+            yield f"        case {number}: // {step.action} {what}"
+            yield from (f"            {statement};" for statement in self.call(step))
+            yield "            break;"
+
+    def render(self) -> str:
+        build, graph, plan = self.build, self.graph, self.build.plan
+        momentum = self.buffer(arena.MOMENTUM) if build.momentum else "NULL"
+        lines = [
+            "// Generated by splitee_exporters/c.py: a client's segment up to "
+            f"{list(graph.exits)[-1]}; do not edit.",
+            '#include "core/segment.h"',
+            "",
+            "#include <string.h>",
+            "",
+            '#include "kernels/kernels.h"',
+            "",
+            f"// {plan.size} bytes planned; {plan.lower_bound} are alive at once at most.",
+            f"static _Alignas({arena.ALIGNMENT}) float arena[{plan.size // 4}];",
+            f"static float weights[{max(1, graph.weight_size)}] = {{",
+            "    " + _literals(graph.flatten(graph.weights)),
+            "};",
+            f"static uint8_t shard[{build.samples_max * build.record_size}];",
+            f"static uint16_t order[{build.samples_max}];",
+            f"static uint8_t labels[{build.capacity}];",
+            f"static const float scale[] = {{{_literals(np.array(build.scale))}}};",
+            f"static const float shift[] = {{{_literals(np.array(build.shift))}}};",
+            *self.windows(),
+            "",
+            "const struct segment segment = {",
+            f"    .checksum = 0x{build.checksum:08x}u,",
+            f"    .capacity = {build.capacity},",
+            f"    .classes = {graph.classes},",
+            f"    .infer_end = {build.schedule.infer_end},",
+            f"    .forward_end = {build.schedule.forward_end},",
+            f"    .backward_end = {len(build.schedule.steps)},",
+            f"    .channels = {graph.input_shape[0]},",
+            f"    .samples_max = {build.samples_max},",
+            f"    .input_size = {graph.elements(graph.input)},",
+            f"    .activation_size = {graph.elements(graph.cut)},",
+            f"    .parameter_size = {graph.parameter_size},",
+            f"    .weight_size = {graph.weight_size},",
+            "    .arena_size = sizeof arena,",
+            "    .arena = (uint8_t *)arena,",
+            "    .weights = weights,",
+            f"    .gradients = {self.buffer(arena.GRADIENTS)},",
+            f"    .momentum = {momentum},",
+            f"    .input = {self.buffer(graph.input)},",
+            f"    .activations = {self.buffer(graph.cut)},",
+            f"    .gradient = {self.buffer(gradient(graph.cut))},",
+            f"    .logits = {self.buffer(graph.logits)},",
+            "    .shard = shard,",
+            "    .order = order,",
+            "    .labels = labels,",
+            "    .scale = scale,",
+            "    .shift = shift,",
+            "};",
+            "",
+            "void segment_run(unsigned start, unsigned stop, struct pass *pass)",
+            "{",
+            "    const size_t n = pass->count;",
+            "    for (unsigned step = start; step < stop; step++) {",
+            "        switch (step) {",
+            *self.cases(),
+            "        default:",
+            "            break;",
+            "        }",
+            "    }",
+            "}",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def to_c(build: Build) -> str:
+    """The text of segment.c.
+
+    Raises ModelError, naming the operation, for a kind that has no kernel.
+    """
+    return _Writer(build).render()

@@ -1,0 +1,430 @@
+// device.c: carries out the host's requests on the segment; each answer goes back at once.
+//
+// A request is acted on once: the same sequence number again is answered with the last answer, and
+// any number but the next is ignored, so a lost, doubled or late frame never trains twice.
+#include "core/device.h" // itself
+
+#include <string.h>
+
+#include "core/order.h"        // data order
+#include "core/port.h"         // link and clock
+#include "core/segment.h"      // the network
+#include "kernels/kernels.h"   // normalize_forward, sgd_step
+#include "protocol/frame.h"    // frames
+#include "protocol/messages.h" // what stands in them
+
+#ifndef RECEIVE_MAX
+#define RECEIVE_MAX 1024 // largest body of a frame received, bytes; the board's file sets it
+#endif
+
+#define ANSWER_MAX 64 // fixed fields of the longest answer, bytes
+
+enum phase { IDLE, FORWARDED, ACCUMULATED }; // what a training batch waits for
+
+// An answer: fixed fields here, and a tail that is sent from where it lies.
+static struct {
+    uint8_t code;
+    uint8_t fields[ANSWER_MAX];
+    size_t size;
+    const uint8_t *tail;
+    size_t tail_size;
+} answer;
+
+static uint8_t received[RECEIVE_MAX + FRAME_HEADER_SIZE + FRAME_CRC_SIZE];
+static struct frame_reader reader;
+static uint16_t session;  // of the host; 0 before the first hello
+static uint16_t sequence; // of the last request carried out
+
+static struct message_settings settings;
+static struct message_place place;
+static struct pass pass;
+static enum phase phase;
+
+static uint32_t frames, repeated, compute_micros;
+
+// answers
+
+static void answer_fields(uint8_t code, size_t size) {
+    answer.code = code;
+    answer.size = size;
+    answer.tail = NULL;
+    answer.tail_size = 0;
+}
+
+static void answer_tail(const uint8_t *tail, size_t size) {
+    answer.tail = tail;
+    answer.tail_size = size;
+}
+
+static void done(void) {
+    answer_fields(MESSAGE_DONE, 0);
+}
+
+static void refuse(uint8_t error, uint32_t detail) {
+    const struct message_refused m = {.error = error, .detail = detail};
+    message_refused_pack(&m, answer.fields);
+    answer_fields(MESSAGE_REFUSED, MESSAGE_REFUSED_SIZE);
+}
+
+// memory
+
+struct memory {
+    uint8_t *base;
+    uint32_t size;
+    uint8_t writable;
+};
+
+static struct memory region_of(uint8_t which) {
+    const uint32_t held = segment.capacity;
+    const uint32_t parameters = 4 * segment.parameter_size;
+    const uint32_t activations = 4 * held * segment.activation_size;
+    const uint32_t images = held * segment.input_size;
+    switch (which) {
+    case REGION_WEIGHTS:
+        return (struct memory){(uint8_t *)segment.weights, 4 * segment.weight_size, 1};
+    case REGION_MOMENTUM:
+        return (struct memory){(uint8_t *)segment.momentum, segment.momentum ? parameters : 0, 1};
+    case REGION_SHARD:
+        return (struct memory){segment.shard, segment.samples_max * (1 + segment.input_size), 1};
+    case REGION_INPUT: // the last quarter of the float tensor that the images become
+        return (struct memory){(uint8_t *)segment.input + 3 * images, images, phase != FORWARDED};
+    case REGION_ACTIVATIONS:
+        return (struct memory){(uint8_t *)segment.activations, activations, 0};
+    case REGION_GRADIENT:
+        return (struct memory){(uint8_t *)segment.gradient, activations, 1};
+    case REGION_LOGITS:
+        return (struct memory){(uint8_t *)segment.logits, 4 * held * segment.classes, 0};
+    case REGION_GRADIENTS:
+        return (struct memory){(uint8_t *)segment.gradients, parameters, 0};
+    default: // REGION_ARENA
+        return (struct memory){segment.arena, segment.arena_size, 0};
+    }
+}
+
+// Finds length bytes at offset of a region, or refuses.
+static int locate(uint8_t which, uint32_t offset, uint32_t length, struct memory *found) {
+    if (which >= REGION_COUNT) {
+        refuse(ERROR_NO_SUCH_REGION, which);
+        return 0;
+    }
+    *found = region_of(which);
+    if (offset > found->size || length > found->size - offset) {
+        refuse(ERROR_OUT_OF_RANGE, found->size);
+        return 0;
+    }
+    found->base += offset;
+    return 1;
+}
+
+static void store(uint8_t which, uint32_t offset, const uint8_t *bytes, size_t size) {
+    struct memory to;
+    if (!locate(which, offset, (uint32_t)size, &to)) {
+        return;
+    }
+    if (!to.writable) {
+        refuse(ERROR_READ_ONLY, which);
+        return;
+    }
+    memcpy(to.base, bytes, size);
+    done();
+}
+
+// requests; act() has checked the length of the body
+
+static void on_hello(const uint8_t *body, size_t size) {
+    (void)size;
+    (void)body; // the host compares the schemas: it owns the words
+    phase = IDLE;
+    const struct message_welcome w = {
+        .schema = MESSAGES_SCHEMA,
+        .segment = segment.checksum,
+        .receive_max = RECEIVE_MAX,
+        .send_max = port_send_max,
+        .samples_max = segment.samples_max,
+        .samples = place.samples,
+        .steps = place.steps,
+        .shard = frame_crc32(0, segment.shard, place.samples * (size_t)(1 + segment.input_size)),
+    };
+    message_welcome_pack(&w, answer.fields);
+    answer_fields(MESSAGE_WELCOME, MESSAGE_WELCOME_SIZE);
+}
+
+static void on_settings(const uint8_t *body, size_t size) {
+    (void)size;
+    struct message_settings m;
+    message_settings_unpack(&m, body);
+    if (m.momentum != 0.0f && segment.momentum == NULL) {
+        refuse(ERROR_NO_MOMENTUM, 0);
+        return;
+    }
+    settings = m;
+    done();
+}
+
+static void on_data(const uint8_t *body, size_t size) {
+    struct message_data m;
+    message_data_unpack(&m, body);
+    store(REGION_SHARD, m.offset, body + MESSAGE_DATA_SIZE, size - MESSAGE_DATA_SIZE);
+}
+
+static void on_place(const uint8_t *body, size_t size) {
+    (void)size;
+    struct message_place m;
+    message_place_unpack(&m, body);
+    if (m.samples > segment.samples_max || m.position > m.samples) {
+        refuse(ERROR_TOO_MANY_SAMPLES, segment.samples_max);
+        return;
+    }
+    place = m;
+    phase = IDLE;
+    order_draw(segment.order, place.samples, place.seed, place.epoch);
+    if (place.steps == 0 && segment.momentum != NULL) {
+        memset(segment.momentum, 0, segment.parameter_size * sizeof(float));
+    }
+    done();
+}
+
+// Copies count samples of the data order, from first on, to the input; 0 when a label is bad.
+static int load(size_t first, size_t count) {
+    const size_t size = segment.input_size;
+    const size_t area = size / segment.channels;
+    for (size_t i = 0; i < count; i++) {
+        const uint8_t *record = segment.shard + segment.order[first + i] * (1 + size);
+        if (record[0] >= segment.classes) {
+            refuse(ERROR_BAD_LABEL, record[0]);
+            return 0;
+        }
+        segment.labels[i] = record[0];
+        normalize_forward(segment.input + i * size, record + 1, segment.scale, segment.shift,
+                          segment.channels, area, 1);
+    }
+    return 1;
+}
+
+static void run(unsigned start, unsigned stop) {
+    const uint32_t before = port_micros();
+    segment_run(start, stop, &pass);
+    compute_micros += port_micros() - before;
+}
+
+static void on_forward(const uint8_t *body, size_t size) {
+    (void)size;
+    struct message_forward m;
+    message_forward_unpack(&m, body);
+    if (phase == FORWARDED) {
+        refuse(ERROR_OUT_OF_ORDER, phase);
+        return;
+    }
+    if (place.samples == 0) {
+        refuse(ERROR_NO_DATA, 0);
+        return;
+    }
+    if (m.count == 0 || m.count > segment.capacity || m.count > m.batch) {
+        refuse(ERROR_TOO_MANY_SAMPLES, segment.capacity);
+        return;
+    }
+    if (place.position == place.samples) {
+        place.position = 0;
+        place.epoch++;
+        order_draw(segment.order, place.samples, place.seed, place.epoch);
+    }
+    if (m.count > place.samples - place.position) {
+        refuse(ERROR_TOO_MANY_SAMPLES, (uint32_t)(place.samples - place.position));
+        return;
+    }
+    if (!load(place.position, m.count)) {
+        return;
+    }
+    if (phase == IDLE) {
+        memset(segment.gradients, 0, segment.parameter_size * sizeof(float));
+        pass.loss = 0.0f;
+        pass.correct = 0;
+    }
+    pass.count = m.count;
+    pass.inverse_batch = 1.0f / (float)m.batch;
+    pass.exit_weight = settings.exit_weight;
+    pass.server_weight = settings.server_weight;
+    pass.labels = segment.labels;
+    run(0, segment.forward_end);
+    place.position = (uint16_t)(place.position + m.count);
+    phase = FORWARDED;
+    answer_fields(MESSAGE_FORWARDED, MESSAGE_FORWARDED_SIZE);
+    answer_tail(segment.labels, m.count);
+}
+
+static void on_infer(const uint8_t *body, size_t size) {
+    (void)size;
+    struct message_infer m;
+    message_infer_unpack(&m, body);
+    if (phase == FORWARDED) {
+        refuse(ERROR_OUT_OF_ORDER, phase);
+        return;
+    }
+    if (m.count == 0 || m.count > segment.capacity) {
+        refuse(ERROR_TOO_MANY_SAMPLES, segment.capacity);
+        return;
+    }
+    normalize_forward(segment.input, region_of(REGION_INPUT).base, segment.scale, segment.shift,
+                      segment.channels, segment.input_size / segment.channels, m.count);
+    pass.count = m.count;
+    run(0, segment.infer_end);
+    done();
+}
+
+static void on_backward(const uint8_t *body, size_t size) {
+    (void)body;
+    (void)size;
+    if (phase != FORWARDED) {
+        refuse(ERROR_OUT_OF_ORDER, phase);
+        return;
+    }
+    run(segment.forward_end, segment.backward_end);
+    phase = ACCUMULATED;
+    done();
+}
+
+static void on_step(const uint8_t *body, size_t size) {
+    (void)body;
+    (void)size;
+    if (phase != ACCUMULATED) {
+        refuse(ERROR_OUT_OF_ORDER, phase);
+        return;
+    }
+    const uint32_t before = port_micros();
+    sgd_step(segment.weights, segment.momentum, segment.gradients, settings.learning_rate,
+             settings.momentum, settings.weight_decay, segment.parameter_size);
+    compute_micros += port_micros() - before;
+    place.steps++;
+    phase = IDLE;
+    const struct message_stepped s = {.loss = pass.loss, .correct = (uint16_t)pass.correct};
+    message_stepped_pack(&s, answer.fields);
+    answer_fields(MESSAGE_STEPPED, MESSAGE_STEPPED_SIZE);
+}
+
+static void on_read(const uint8_t *body, size_t size) {
+    (void)size;
+    struct message_read m;
+    message_read_unpack(&m, body);
+    struct memory from;
+    if (m.length > port_send_max) {
+        refuse(ERROR_OUT_OF_RANGE, port_send_max);
+    } else if (locate(m.region, m.offset, m.length, &from)) {
+        answer_fields(MESSAGE_CONTENT, MESSAGE_CONTENT_SIZE);
+        answer_tail(from.base, m.length);
+    }
+}
+
+static void on_write(const uint8_t *body, size_t size) {
+    struct message_write m;
+    message_write_unpack(&m, body);
+    store(m.region, m.offset, body + MESSAGE_WRITE_SIZE, size - MESSAGE_WRITE_SIZE);
+}
+
+static void on_stats(const uint8_t *body, size_t size) {
+    (void)body;
+    (void)size;
+    const struct message_counters c = {
+        .samples = place.samples,
+        .position = place.position,
+        .seed = place.seed,
+        .epoch = place.epoch,
+        .steps = place.steps,
+        .frames = frames,
+        .bad_frames = reader.bad,
+        .repeated_frames = repeated,
+        .compute_micros = compute_micros,
+    };
+    message_counters_pack(&c, answer.fields);
+    answer_fields(MESSAGE_COUNTERS, MESSAGE_COUNTERS_SIZE);
+}
+
+// The part of the last forward again: the passes since may have reused the input's memory.
+static int reload(void) {
+    pass.loss = 0.0f;
+    pass.correct = 0;
+    return load((size_t)place.position - pass.count, pass.count);
+}
+
+// Single steps are for looking at the tensors of a batch of one part: after its forward, the host
+// runs every step again in order and then sends Step.
+static void on_run(const uint8_t *body, size_t size) {
+    (void)size;
+    struct message_run m;
+    message_run_unpack(&m, body);
+    if (phase != FORWARDED) {
+        refuse(ERROR_OUT_OF_ORDER, phase);
+    } else if (m.start > m.stop || m.stop > segment.backward_end) {
+        refuse(ERROR_BAD_STEP, segment.backward_end);
+    } else if (m.start > 0 || reload()) {
+        run(m.start, m.stop);
+        phase = m.stop == segment.backward_end ? ACCUMULATED : phase;
+        done();
+    }
+}
+
+// What there is to ask for: a body has at least size bytes, and more only where a tail may follow.
+static const struct {
+    uint8_t code;
+    uint8_t size;
+    uint8_t tail;
+    void (*on)(const uint8_t *body, size_t size);
+} requests[] = {
+    {MESSAGE_HELLO, MESSAGE_HELLO_SIZE, MESSAGE_HELLO_TAIL, on_hello},
+    {MESSAGE_SETTINGS, MESSAGE_SETTINGS_SIZE, MESSAGE_SETTINGS_TAIL, on_settings},
+    {MESSAGE_DATA, MESSAGE_DATA_SIZE, MESSAGE_DATA_TAIL, on_data},
+    {MESSAGE_PLACE, MESSAGE_PLACE_SIZE, MESSAGE_PLACE_TAIL, on_place},
+    {MESSAGE_FORWARD, MESSAGE_FORWARD_SIZE, MESSAGE_FORWARD_TAIL, on_forward},
+    {MESSAGE_INFER, MESSAGE_INFER_SIZE, MESSAGE_INFER_TAIL, on_infer},
+    {MESSAGE_BACKWARD, MESSAGE_BACKWARD_SIZE, MESSAGE_BACKWARD_TAIL, on_backward},
+    {MESSAGE_STEP, MESSAGE_STEP_SIZE, MESSAGE_STEP_TAIL, on_step},
+    {MESSAGE_READ, MESSAGE_READ_SIZE, MESSAGE_READ_TAIL, on_read},
+    {MESSAGE_WRITE, MESSAGE_WRITE_SIZE, MESSAGE_WRITE_TAIL, on_write},
+    {MESSAGE_STATS, MESSAGE_STATS_SIZE, MESSAGE_STATS_TAIL, on_stats},
+    {MESSAGE_RUN, MESSAGE_RUN_SIZE, MESSAGE_RUN_TAIL, on_run},
+};
+
+static void act(const struct frame *f) {
+    for (size_t i = 0; i < sizeof requests / sizeof requests[0]; i++) {
+        if (requests[i].code == f->code) {
+            const size_t size = requests[i].size;
+            if (f->size < size || (f->size > size && !requests[i].tail)) {
+                refuse(ERROR_BAD_LENGTH, (uint32_t)f->size);
+            } else {
+                requests[i].on(f->body, f->size);
+            }
+            return;
+        }
+    }
+    refuse(ERROR_UNKNOWN_MESSAGE, f->code);
+}
+
+static void on_frame(const struct frame *f) {
+    const int opens = f->code == MESSAGE_HELLO && f->session != session;
+    const uint16_t ahead = (uint16_t)(f->sequence - sequence);
+    frames++;
+    if (!opens && (f->session != session || ahead > 1)) {
+        return; // of another session, or late
+    }
+    if (!opens && ahead == 0) {
+        repeated++;
+    } else {
+        session = f->session;
+        sequence = f->sequence;
+        act(f);
+    }
+    frame_write(answer.code, session, sequence, answer.fields, answer.size, answer.tail,
+                answer.tail_size);
+}
+
+void device_init(void) {
+    frame_reader_init(&reader, received, sizeof received);
+}
+
+void device_receive(const uint8_t *bytes, size_t size) {
+    struct frame f;
+    for (size_t i = 0; i < size; i++) {
+        if (frame_read(&reader, bytes[i], &f)) {
+            on_frame(&f);
+        }
+    }
+}

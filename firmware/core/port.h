@@ -1,0 +1,26 @@
+// port.h: what a machine must offer; each folder under ports/ is one implementation.
+#ifndef PORT_H
+#define PORT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// Largest body of a frame that a port can send in one piece, bytes (datagram ports: one datagram).
+extern uint32_t port_send_max;
+
+// Brings up clocks, memory and the link. argc and argv are 0 and NULL on bare metal.
+void port_init(int argc, char **argv);
+
+// Waits until bytes have come, copies at most size of them to buffer and returns how many.
+size_t port_read(uint8_t *buffer, size_t size);
+
+// Sends size bytes of the frame being written; returns when bytes may be reused.
+void port_write(const uint8_t *bytes, size_t size);
+
+// The frame written since the last flush is complete: a datagram port sends it now.
+void port_flush(void);
+
+// Microseconds since some start; wraps.
+uint32_t port_micros(void);
+
+#endif

@@ -1,0 +1,53 @@
+// segment.h: what a generated segment offers to the device; build/.../segment.c defines it.
+#ifndef SEGMENT_H
+#define SEGMENT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// The values that one pass over a part of a batch needs beside the tensors.
+struct pass {
+    size_t count;          // samples in this part, 1..capacity
+    float inverse_batch;   // 1 / samples in the whole batch
+    float exit_weight;     // weight of the exits' gradient in the trunk
+    float server_weight;   // weight of the server's gradient in the trunk
+    const uint8_t *labels; // count labels
+    float loss;       // out, added to: cross-entropy of the exit at the cut, in the batch's mean
+    uint32_t correct; // out, added to: samples that this exit classified correctly
+};
+
+// A segment's steps run in this order: trunk and exits forward [0, infer_end), losses
+// [infer_end, forward_end), exits and trunk backward [forward_end, backward_end).
+struct segment {
+    uint32_t checksum;
+    uint16_t capacity; // samples held at once
+    uint16_t classes;  // labels are below this
+    uint16_t infer_end, forward_end, backward_end;
+    uint16_t channels;        // of the input
+    uint16_t samples_max;     // records the shard has room for
+    uint32_t input_size;      // elements per sample
+    uint32_t activation_size; // elements per sample
+    uint32_t parameter_size;  // float32 values that are trained
+    uint32_t weight_size;     // the same and the norm statistics behind them
+    uint32_t arena_size;      // bytes
+    uint8_t *arena;
+    float *weights;     // weight_size values, parameters first
+    float *gradients;   // parameter_size values, in the arena
+    float *momentum;    // parameter_size values in the arena, or NULL
+    float *input;       // capacity x input_size, in the arena
+    float *activations; // capacity x activation_size, in the arena
+    float *gradient;    // dLoss/dActivations, the same shape, in the arena
+    float *logits;      // capacity x classes of the exit at the cut, in the arena
+    uint8_t *shard;     // samples_max records of 1 + input_size bytes
+    uint16_t *order;    // samples_max places: this epoch's order
+    uint8_t *labels;    // capacity labels of the part held
+    const float *scale; // per channel: input = byte * scale + shift
+    const float *shift;
+};
+
+extern const struct segment segment;
+
+// Runs steps start..stop-1 on the part that pass describes.
+void segment_run(unsigned start, unsigned stop, struct pass *pass);
+
+#endif

@@ -1,0 +1,79 @@
+// kernels.h: the arithmetic of training, float32, plain C: the reference for every faster kernel.
+//
+// Tensors are dense NCHW, n samples. A forward kernel assigns its outputs; a backward kernel only
+// adds to the gradients it is given (dx, dw, db), so that branches and parts of a batch add up.
+// Kernels check nothing: the generator of the calls has checked shapes, device.c has checked bytes.
+#ifndef KERNELS_H
+#define KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// The shape of a convolution or of a pool (channels: in_channels = out_channels for a pool).
+struct window {
+    uint16_t in_channels, in_height, in_width;
+    uint16_t out_channels, out_height, out_width;
+    uint8_t kernel_height, kernel_width;
+    uint8_t stride_height, stride_width;
+    uint8_t padding_height, padding_width;
+};
+
+// conv2d.c. w is out x in x kh x kw; b is NULL or out. dx is NULL where no gradient is wanted,
+// db is NULL where there is no bias.
+void conv2d_forward(float *y, const float *x, const float *w, const float *b,
+                    const struct window *s, size_t n);
+void conv2d_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
+                     const float *w, const struct window *s, size_t n);
+
+// linear.c. w is out x in, b is NULL or out.
+void linear_forward(float *y, const float *x, const float *w, const float *b, size_t in, size_t out,
+                    size_t n);
+void linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
+                     const float *w, size_t in, size_t out, size_t n);
+
+// group_norm.c. area = height x width; w and b have channels values; mean and rstd have
+// n x groups values, assigned by forward and read by backward. Biased variance, as PyTorch.
+void group_norm_forward(float *y, float *mean, float *rstd, const float *x, const float *w,
+                        const float *b, size_t channels, size_t groups, size_t area, float epsilon,
+                        size_t n);
+void group_norm_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
+                         const float *w, const float *mean, const float *rstd, size_t channels,
+                         size_t groups, size_t area, size_t n);
+
+// elementwise.c, over size elements in all.
+void relu_forward(float *y, const float *x, size_t size);
+void relu_backward(float *dx, const float *dy, const float *y, size_t size);
+void add_forward(float *y, const float *a, const float *b, size_t size);
+void add_backward(float *da, float *db, const float *dy, size_t size); // da or db may be NULL
+// Passes x on to an exit; what comes back is weighted. weight = 0 detaches the exit.
+void branch_backward(float *dx, const float *dy, float weight, size_t size);
+// The server's gradient, weighted in place; weight = 0 clears whatever is there, NaN included.
+void gradient_weigh(float *g, float weight, size_t size);
+// input = byte * scale[channel] + shift[channel]; images may be the last n x channels x area bytes
+// of y itself.
+void normalize_forward(float *y, const uint8_t *images, const float *scale, const float *shift,
+                       size_t channels, size_t area, size_t n);
+
+// pool.c. Padding counts as zeros for the average (divided by the whole window) and never wins the
+// maximum; of equal maxima the first wins. winner: place of the maximum in its window, one byte per
+// output element, assigned by forward (kernel_height x kernel_width <= 256).
+void max_pool_forward(float *y, uint8_t *winner, const float *x, const struct window *s, size_t n);
+void max_pool_backward(float *dx, const float *dy, const uint8_t *winner, const struct window *s,
+                       size_t n);
+void avg_pool_forward(float *y, const float *x, const struct window *s, size_t n);
+void avg_pool_backward(float *dx, const float *dy, const struct window *s, size_t n);
+
+// loss.c. Assigns p = softmax(logits); adds the losses, each times scale, to *loss, and the number
+// of samples whose largest logit is the label to *correct (either pointer may be NULL).
+void softmax_cross_entropy_forward(float *p, float *loss, uint32_t *correct, const float *logits,
+                                   const uint8_t *labels, float scale, size_t classes, size_t n);
+// dlogits += (p - onehot(label)) * scale
+void softmax_cross_entropy_backward(float *dlogits, const float *p, const uint8_t *labels,
+                                    float scale, size_t classes, size_t n);
+
+// sgd.c. PyTorch's SGD, nesterov off: g += decay * w; v = momentum * v + g; w -= rate * v.
+// v may be NULL when momentum is 0.
+void sgd_step(float *w, float *v, const float *g, float rate, float momentum, float decay,
+              size_t size);
+
+#endif
