@@ -1,0 +1,1 @@
+"""The host: wire, links, boards and the command line."""

@@ -1,0 +1,489 @@
+"""Boards: what is known of each, building its firmware, and starting those that this machine runs.
+
+A board is ``firmware/boards/<name>.toml``; ``Board`` says what stands there. ``build`` runs the
+firmware's Makefile with a board's values. ``start`` brings up a process or an emulator, with a link
+to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from splitee.errors import BuildError, FitError, LinkClosed, MissingTool, SpliteeError, Timeout
+from splitee_host.link import Link, TcpLink, UdpLink
+
+if TYPE_CHECKING:
+    from splitee import assemble
+
+_BOOT = 20.0  # seconds that a board has to open its link
+_LEAVE = 2.0  # seconds that a process has to end by itself
+_SLICE = 0.25  # seconds after which a read looks whether the process still runs
+
+_PACKAGES = {
+    "make": "make",
+    "gcc": "gcc libc6-dev",
+    "arm-none-eabi-gcc": "gcc-arm-none-eabi picolibc-arm-none-eabi",
+    "qemu-system-arm": "qemu-system-arm",
+}
+"""Debian's packages that bring a tool."""
+
+_NO_OVERRIDES: Mapping[str, str] = MappingProxyType({})
+
+
+# ---- what boards there are ----
+
+
+@dataclass(frozen=True)
+class Qemu:
+    """How QEMU emulates a board."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    machine: str  # qemu-system-arm -machine
+
+
+@dataclass(frozen=True)
+class Board:
+    """A machine that clients run on. Sizes are in bytes; 0 means no limit that we know of."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: str
+    title: str
+    tier: Literal["mcu", "edge", "host"]
+    core: str
+    status: str  # how far it was run
+    port: str  # folder under firmware/ports, or "python" or "torch": no firmware
+    link: Literal["serial", "udp", "tcp", "memory"]
+    stands_for: str = ""
+    receive_max: int = 0  # largest body of a frame that it receives
+    flash_bytes: int = 0
+    ram_bytes: int = 0
+    stack_bytes: int = 0
+    code_bytes: int = 0  # flash of the firmware without a segment; a test holds it to be enough
+    static_bytes: int = 0  # RAM of the firmware without a segment and without stack; likewise
+    prefix: str = ""  # of the compiler's name, as arm-none-eabi-
+    cflags: tuple[str, ...] = ()
+    ldflags: tuple[str, ...] = ()
+    qemu: Qemu | None = None
+
+    @property
+    def firmware(self) -> bool:
+        """Whether it runs the C firmware, and so a segment that is built in."""
+        return self.port not in ("python", "torch")
+
+    @property
+    def for_assembly(self) -> assemble.Board:
+        """What assembling a fleet needs to know."""
+        from splitee import assemble  # brings torch in, which listing boards can do without
+        from splitee.place import Room
+
+        if not self.firmware:
+            return assemble.Board(firmware=False, room=None)
+        room = Room(
+            ram=self.ram_bytes or sys.maxsize,
+            flash=self.flash_bytes or sys.maxsize,
+            code=self.code_bytes,
+            static=self.static_bytes,
+            stack=self.stack_bytes,
+        )
+        return assemble.Board(firmware=True, room=room)
+
+
+def firmware_root() -> Path:
+    """The folder of the firmware's sources: the checkout's, or what was installed with us."""
+    here = Path(__file__).resolve().parent
+    checkout = here.parents[1] / "firmware"
+    return checkout if (checkout / "core" / "port.h").exists() else here / "_firmware"
+
+
+def load_boards(folder: Path | None = None) -> dict[str, Board]:
+    """The boards there are, by name: those of a folder of TOML files, or our own.
+
+    Raises SpliteeError, naming file and key, for a file that cannot be used.
+    """
+    files = sorted((folder or firmware_root() / "boards").glob("*.toml"))
+    return {path.stem: _read(path) for path in files}
+
+
+def look_up(boards: Mapping[str, Board], name: str) -> Board:
+    """A board by name; SpliteeError lists those there are."""
+    if name not in boards:
+        raise SpliteeError(f'there is no board "{name}": there are {", ".join(boards)}')
+    return boards[name]
+
+
+def _read(path: Path) -> Board:
+    try:
+        board = TypeAdapter(Board).validate_python(tomllib.loads(path.read_text("utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise SpliteeError(f"{path}: not TOML: {error}") from error
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = ".".join(str(part) for part in found["loc"])
+        raise SpliteeError(f"{path}: {key}: {found['msg']}") from error
+    if board.name != path.stem:
+        raise SpliteeError(f'{path}: name: has to be the file\'s, "{path.stem}"')
+    return board
+
+
+# ---- building ----
+
+
+@dataclass(frozen=True)
+class Firmware:
+    """A firmware that was built."""
+
+    elf: Path
+    flash_bytes: int  # code, constants and the initial values of variables
+    ram_bytes: int  # variables, and the stack where the linker sets it aside
+    sections: Mapping[str, int]  # bytes of every section that is loaded or kept in RAM
+
+
+def build(
+    board: Board,
+    segment_dir: Path,
+    out_dir: Path,
+    *,
+    sanitize: bool = False,
+    overrides: Mapping[str, str] = _NO_OVERRIDES,
+) -> Firmware:
+    """Builds a board's firmware around segment_dir/segment.c; everything made is in out_dir.
+
+    What is up to date is not made again, and a second build of the same out_dir waits for the
+    first. sanitize: with address and undefined-behaviour sanitizers (ports of this machine).
+    overrides: variables of firmware/Makefile to replace. Raises FitError when it is larger than
+    the board, BuildError with the compiler's words, MissingTool when there is no compiler.
+    """
+    compiler = f"{board.prefix}gcc"
+    _require("make", compiler)
+    variables = {
+        "PORT": board.port,
+        "SEGMENT": str(segment_dir.resolve()),
+        "OUT": str(out_dir.resolve()),
+        "CROSS": board.prefix,
+        "BOARD_CFLAGS": " ".join(board.cflags),
+        "BOARD_LDFLAGS": " ".join(board.ldflags),
+        "FLASH_BYTES": str(board.flash_bytes),
+        "RAM_BYTES": str(board.ram_bytes),
+        "STACK_BYTES": str(board.stack_bytes),
+        "RECEIVE_MAX": str(board.receive_max),
+        "SANITIZE": str(int(sanitize)),
+        **overrides,
+    }
+    for path in (segment_dir.resolve(), out_dir.resolve()):
+        if re.search(r"[\s:$#%]", str(path)):
+            raise BuildError(f'make cannot work in "{path}": take a folder without spaces or :$#%')
+    command = ["make", "-s", f"-j{os.cpu_count()}", "-C", str(firmware_root())]
+    command += [f"{name}={value}" for name, value in variables.items()]
+    # A make that runs us must not hand its own options and variables on.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    with _lock(out_dir):
+        made = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**environment, "LC_ALL": "C"},
+        )
+        if made.returncode != 0:
+            raise _failure(board, made.stderr)
+        firmware = read_elf(out_dir / "device.elf")
+    if board.ram_bytes and firmware.ram_bytes > board.ram_bytes:
+        raise _misfit(board, {"RAM": firmware.ram_bytes - board.ram_bytes})
+    return firmware
+
+
+def _require(*tools: str) -> None:
+    for tool in tools:
+        if shutil.which(tool) is None:
+            package = _PACKAGES.get(tool)
+            cure = f"`make setup`, or `sudo apt-get install {package}`" if package else "install it"
+            raise MissingTool(f"{tool} is not installed: {cure}")
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process and thread alone; makes it if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go of by closing
+        yield
+
+
+def _failure(board: Board, said: str) -> SpliteeError:
+    """Why make failed, from what it and the compiler said."""
+    if missing := re.findall(r"region `?(\w+)' overflowed by (\d+) bytes", said):
+        return _misfit(board, {region: int(size) for region, size in missing})
+    if re.search(r"cannot read spec file '\S*picolibc", said):
+        return MissingTool(
+            "picolibc is not installed: `make setup`, or "
+            "`sudo apt-get install picolibc-arm-none-eabi`"
+        )
+    lines = [line for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\berror: (?!ld returned)|\bld: ", line)]
+    first = "\n  ".join((errors or lines)[:5])
+    return BuildError(f"the firmware for {board.name} did not build:\n  {first}")
+
+
+def _misfit(board: Board, missing: Mapping[str, int]) -> FitError:
+    there = {"RAM": board.ram_bytes, "FLASH": board.flash_bytes}
+    listed = " and ".join(
+        f"{size:,} bytes more {'RAM' if region == 'RAM' else 'flash'} than the "
+        f"{there[region]:,} there are"
+        for region, size in missing.items()
+    )
+    return FitError(
+        f"the firmware does not fit {board.name}, it takes {listed}: cut earlier, lower the "
+        "client's capacity or share, or take a larger board"
+    )
+
+
+def read_elf(path: Path) -> Firmware:
+    """The sizes of a firmware, from the section headers of its ELF file (System V ABI, ch. 4)."""
+    content = path.read_bytes()
+    # sh_name, sh_type, sh_flags, sh_addr, sh_offset, sh_size; e_shoff, then e_shentsize,
+    # e_shnum, e_shstrndx
+    if content[4] == 1:  # 32 bits
+        header, (table,) = struct.Struct("<6I"), struct.unpack_from("<I", content, 0x20)
+        entry, count, names = struct.unpack_from("<3H", content, 0x2E)
+    else:
+        header, (table,) = struct.Struct("<2I4Q"), struct.unpack_from("<Q", content, 0x28)
+        entry, count, names = struct.unpack_from("<3H", content, 0x3A)
+    headers = [header.unpack_from(content, table + i * entry) for i in range(count)]
+    names_at = headers[names][4]
+    nobits, write, alloc = 8, 0x1, 0x2
+    sections: dict[str, int] = {}
+    flash = ram = 0
+    for name, kind, flags, _, _, size in headers:
+        if flags & alloc:
+            start = names_at + name
+            sections[content[start : content.index(b"\0", start)].decode()] = size
+            flash += size if kind != nobits else 0
+            ram += size if flags & write else 0
+    return Firmware(path, flash, ram, MappingProxyType(sections))
+
+
+# ---- starting ----
+
+
+class Running:
+    """A board that runs as a process of this machine; it ends with ``close``, or with us.
+
+    ``link`` leads to it; once the process has ended it raises LinkClosed with the process's status
+    and words. ``process`` is QEMU or the firmware itself.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        connect: Callable[[subprocess.Popen[bytes]], Link | None],
+        *,
+        ends_with_stdin: bool,
+    ) -> None:
+        """Starts command. connect is asked again and again until it gives the link.
+
+        ends_with_stdin: the process ends by itself at the end of its standard input.
+        """
+        self.name = name
+        with contextlib.ExitStack() as undo:
+            self._said = undo.enter_context(tempfile.TemporaryFile())
+            try:
+                # A group of its own: Ctrl-C is for us, and we end our boards in order.
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE if ends_with_stdin else subprocess.DEVNULL,
+                    stdout=subprocess.PIPE if ends_with_stdin else self._said,
+                    stderr=self._said,
+                    process_group=0,
+                )
+            except OSError as error:
+                raise SpliteeError(
+                    f"{name}: cannot start {command[0]}: {error.strerror}: build it again"
+                ) from error
+            undo.callback(_end, self.process)
+            if not ends_with_stdin:
+                undo.enter_context(_watcher(self.process.pid))
+            self.link: Link = _ProcessLink(self._connected(connect), self)
+            undo.callback(self.link.close)
+            self._ends = undo.pop_all()
+
+    def _connected(self, connect: Callable[[subprocess.Popen[bytes]], Link | None]) -> Link:
+        deadline = time.monotonic() + _BOOT
+        while time.monotonic() < deadline:
+            if link := connect(self.process):
+                return link
+            if obituary := self.obituary():
+                raise LinkClosed(obituary)
+        raise Timeout(
+            f"{self.name} did not open its link for {_BOOT:g} s: is the machine too busy?"
+        )
+
+    def obituary(self, wait: float = 0) -> str | None:
+        """How the process ended and what it said, as soon as it has; None while it runs."""
+        try:
+            status = self.process.wait(wait)
+        except subprocess.TimeoutExpired:
+            return None
+        how = f"status {status}" if status >= 0 else signal.Signals(-status).name
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").splitlines()
+        words = [line.strip("=\0") for line in lines if line.strip("=\0 ")]
+        # The cause comes first; registers and stacks follow.
+        return f"{self.name} ended with {how}" + "".join(f"\n  {line}" for line in words[:3])
+
+    def close(self) -> None:
+        """Closes the link and ends the process; a second time does nothing."""
+        self._ends.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def start(board: Board, firmware: Firmware, options: Sequence[str] = ()) -> Running:
+    """Runs a board's firmware on this machine and opens the link to it.
+
+    options: further ones for QEMU, or for the firmware's process. Raises MissingTool when QEMU is
+    not installed, LinkClosed when the process ends at once, and SpliteeError for a board that
+    this machine cannot run.
+    """
+    if board.qemu is not None:
+        return _start_qemu(board, board.qemu, firmware, options)
+    if board.port == "posix":
+        command = [str(firmware.elf), "--udp", "0", *options]
+        return Running(board.name, command, _printed_link, ends_with_stdin=True)
+    raise SpliteeError(
+        f"{board.name} is no board that this machine can run: load {firmware.elf} into it, and "
+        "give its link in the fleet file"
+    )
+
+
+def _start_qemu(board: Board, qemu: Qemu, firmware: Firmware, options: Sequence[str]) -> Running:
+    """The board's serial line is a TCP connection that QEMU makes to us.
+
+    Of what QEMU offers (all measured) this is fast in both directions, and nothing is lost: a
+    pseudo-terminal looks for somebody at its other end once a second, and drops what is sent
+    until then. mux=on hands the UART 32 bytes at a time instead of one; -echr turns off the
+    escape character that comes with it.
+    """
+    _require("qemu-system-arm")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(_SLICE)
+        port = server.getsockname()[1]
+        command = [
+            *("qemu-system-arm", *options, "-machine", qemu.machine, "-kernel", str(firmware.elf)),
+            *("-display", "none", "-monitor", "none"),
+            *("-chardev", f"socket,id=link,host=127.0.0.1,port={port},nodelay=on,mux=on"),
+            *("-serial", "chardev:link", "-echr", "0x1ff"),
+        ]
+
+        def accept(_: subprocess.Popen[bytes]) -> Link | None:
+            with contextlib.suppress(TimeoutError):
+                connection, _address = server.accept()
+                return TcpLink(connection, f"serial:{board.name}", kind="serial")
+            return None
+
+        return Running(board.name, command, accept, ends_with_stdin=False)
+
+
+def _printed_link(process: subprocess.Popen[bytes]) -> Link | None:
+    """The link to the port that a firmware of the posix port printed."""
+    assert process.stdout is not None
+    if not select.select([process.stdout], [], [], _SLICE)[0]:
+        return None
+    found = re.fullmatch(rb"udp ([\d.]+):(\d+)\n", process.stdout.readline())
+    return UdpLink(found[1].decode(), int(found[2])) if found else None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process: at the end of its input, or at once where that means nothing to it."""
+    if process.stdin is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.stdin.close()
+            process.wait(_LEAVE)
+    process.kill()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+@contextlib.contextmanager
+def _watcher(pid: int) -> Iterator[None]:
+    """A shell that kills a process when we end, however we end: its input ends with us then."""
+    command = ["/bin/sh", "-c", 'read -r line; kill -9 "$1"', "sh", str(pid)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0) as watcher:
+        try:
+            yield
+        finally:
+            watcher.kill()  # from here on the number may become another process's
+
+
+class _ProcessLink:
+    """A link that knows when the process at its other end has ended, and how."""
+
+    def __init__(self, link: Link, running: Running) -> None:
+        self.kind = link.kind
+        self.name = link.name
+        self._link = link
+        self._running = running
+        self._closed = False
+
+    def write(self, data: bytes) -> None:
+        with self._explained():
+            self._link.write(data)
+
+    def read(self, timeout: float) -> bytes:
+        deadline = time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            with self._explained():
+                data = self._link.read(max(0, min(left, _SLICE)))
+            if data:
+                return data
+            if obituary := self._running.obituary():  # over UDP nothing else tells
+                raise LinkClosed(obituary)
+            if left <= _SLICE:
+                return b""
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says how the process ended, where the link only knows that it is closed."""
+        try:
+            yield
+        except LinkClosed as error:
+            obituary = None if self._closed else self._running.obituary(_LEAVE)
+            raise LinkClosed(obituary or str(error)) from error
+
+    def close(self) -> None:
+        self._closed = True
+        self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,394 @@
+"""The command line: `splitee boards | plan | build | train | eval | client`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+# torch, rich and matplotlib take seconds to import: each command imports what it needs
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from splitee.assemble import Assembly
+    from splitee.fleet import Fleet
+    from splitee_host.launch import Launched
+
+app = typer.Typer(
+    help="Train one neural network on microcontrollers, edge computers and GPUs together.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+FleetFile = Annotated[Path, typer.Argument(help="The fleet file (TOML).", metavar="FLEET")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+BUILD = Path("build") / "firmware"
+
+
+def main() -> None:
+    """Runs the command line; errors that a user can cure are printed without a traceback."""
+    from splitee.errors import SpliteeError
+
+    try:
+        app()
+    except SpliteeError as error:
+        _console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _console(stderr=True).print("stopped", style="red")
+        sys.exit(130)
+
+
+def _plain(text: object) -> str:
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    # a pipe or a file has no width of its own; without one, rich would fold tables at 80
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 160
+    return Console(stderr=stderr, width=width)
+
+
+def _assembly(fleet: Fleet) -> Assembly:
+    from splitee.assemble import Assembly
+    from splitee_host.boards import load_boards, look_up
+
+    known = load_boards()
+    return Assembly(fleet, lambda name: look_up(known, name).for_assembly)
+
+
+@app.command()
+def boards(as_json: Json = False) -> None:
+    """List the boards that a fleet file may name."""
+    from rich.table import Table
+
+    from splitee_host.boards import load_boards
+
+    known = load_boards().values()
+    if as_json:
+        rows = [
+            {
+                "name": b.name,
+                "title": b.title,
+                "tier": b.tier,
+                "core": b.core,
+                "link": b.link,
+                "ram_bytes": b.ram_bytes,
+                "flash_bytes": b.flash_bytes,
+                "status": b.status,
+            }
+            for b in known
+        ]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table()
+    for name in ("board", "tier", "core", "link"):
+        table.add_column(name)
+    table.add_column("RAM", justify="right")
+    table.add_column("flash", justify="right")
+    table.add_column("what it is, and how far it was run")
+    for b in known:
+        table.add_row(
+            b.name, b.tier, b.core, b.link, _size(b.ram_bytes), _size(b.flash_bytes),
+            f"{b.title}: {b.status}",
+        )  # fmt: skip
+    _console().print(table)
+
+
+def _size(size: int) -> str:
+    from splitee.place import kib
+
+    return kib(size) if size else "-"
+
+
+@app.command()
+def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
+    """Show what each client's segment takes at each cut, and whether it fits its board."""
+    from rich.table import Table
+
+    from splitee.fleet import read
+
+    assembly = _assembly(read(fleet_file))
+    console = _console()
+    clients: list[dict[str, Any]] = []
+    for client in assembly.fleet.client:
+        room = assembly.boards[client.name].room
+        chosen = assembly.choose(client)
+        rows = []
+        for cut, build in zip(assembly.cuts, assembly.builds(client), strict=True):
+            forward, backward = build.graph.macs()
+            rows.append(
+                {
+                    "cut": cut.name,
+                    "number": cut.number,
+                    "parameters": build.graph.parameter_size,
+                    "arena_bytes": build.arena_bytes,
+                    "ram_bytes": build.ram_bytes(room) if room else None,
+                    "flash_bytes": build.flash_bytes(room) if room else None,
+                    "macs_forward": forward,
+                    "macs_backward": backward,
+                    "bytes_up_per_sample": build.bytes_up_per_sample,
+                    "fits": room is None or build.shortage(room) is None,
+                    "why": build.shortage(room) if room else None,
+                    "chosen": cut == chosen,
+                }
+            )
+        clients.append(
+            {
+                "client": client.name,
+                "board": client.board,
+                "capacity": assembly.capacity(client),
+                "cuts": rows,
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(clients, indent=2))
+        return
+    for entry in clients:
+        table = Table(
+            title=f"{entry['client']} on {entry['board']}, {entry['capacity']} samples at once",
+            title_justify="left",
+        )
+        table.add_column("cut")
+        for name in (
+            "parameters", "arena", "RAM", "flash", "MACs forward", "MACs backward",
+            "bytes up a sample",
+        ):  # fmt: skip
+            table.add_column(name, justify="right")
+        table.add_column("fits")
+        for row in entry["cuts"]:
+            table.add_row(
+                f"{row['number']} {row['cut']}{'  <- chosen' if row['chosen'] else ''}",
+                f"{row['parameters']:,}",
+                f"{row['arena_bytes']:,}",
+                f"{row['ram_bytes']:,}" if row["ram_bytes"] else "-",
+                f"{row['flash_bytes']:,}" if row["flash_bytes"] else "-",
+                f"{row['macs_forward']:,}",
+                f"{row['macs_backward']:,}",
+                f"{row['bytes_up_per_sample']:,}",
+                "yes" if row["fits"] else f"no: {row['why']}",
+                style="bold" if row["chosen"] else "",
+            )
+        console.print(table)
+
+
+@app.command()
+def build(
+    fleet_file: FleetFile,
+    client: Annotated[str | None, typer.Option(help="Only this client.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what is built.")] = BUILD,
+) -> None:
+    """Build the firmware of the fleet's boards, with each client's segment in it."""
+    from splitee.errors import FleetError
+    from splitee.fleet import read
+    from splitee_exporters.c import to_c
+    from splitee_host.boards import load_boards
+    from splitee_host.launch import build_firmware
+
+    assembly = _assembly(read(fleet_file))
+    names = [c.name for c in assembly.fleet.client]
+    if client is not None and client not in names:
+        raise FleetError(f'{fleet_file}: no client "{client}": there are {", ".join(names)}')
+    known = load_boards()
+    for table in assembly.fleet.client:
+        board = known[table.board]
+        if client not in (None, table.name) or not board.firmware:
+            continue
+        firmware = build_firmware(assembly.member(table.name).build, board, to_c, out)
+        typer.echo(
+            f"{table.name}: {firmware.elf}: {firmware.flash_bytes:,} bytes of flash, "
+            f"{firmware.ram_bytes:,} of RAM"
+        )
+
+
+@app.command()
+def train(
+    fleet_file: FleetFile,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+) -> None:
+    """Train a fleet; leaves metrics, checkpoint and summary in runs/<name>/."""
+    import torch
+
+    from splitee.fleet import read
+    from splitee.runs import Run
+    from splitee_exporters.c import to_c
+    from splitee_host.launch import Launcher
+    from splitee_host.screen import final_table
+
+    torch.set_num_threads(1)  # sums in one order: a second run is bit-identical
+    began = time.perf_counter()
+    console = _console()
+    fleet = read(fleet_file)
+    assembly = _assembly(fleet)
+    run = Run(runs / fleet.name)
+    say = lambda text: console.print(_plain(text), highlight=False)  # noqa: E731
+    with Launcher(assembly, fleet_file, to_c, BUILD, say) as launcher:
+        launched = [launcher.launch(member) for member in assembly.members]
+        run.begin(fleet_file.read_text(encoding="utf-8"))
+        summaries = _train(console, assembly, run, launched)
+    run.finish(time.perf_counter() - began, fleet.rounds, summaries)
+    console.print(final_table(summaries))
+    console.print(
+        f"{fleet.rounds} rounds in {time.perf_counter() - began:.0f} s; curves, metrics and "
+        f"checkpoint in {run.folder}/",
+        highlight=False,
+    )
+
+
+def _train(console: Console, assembly: Assembly, run: Any, launched: list[Launched]) -> list[Any]:
+    """All rounds, then the test; a summary for each client."""
+    from splitee.errors import LinkError
+    from splitee.runs import ClientSummary
+    from splitee.train import ClientDone, ClientLost, RoundDone, evaluate, fit
+    from splitee_host.screen import Screen
+
+    strategy = assembly.strategy([entry.client for entry in launched])
+    samples = {m.name: len(m.images) for m in assembly.members}
+    seconds = dict.fromkeys(samples, 0.0)
+    trained = dict.fromkeys(samples, 0)
+    lost: dict[str, str] = {}
+    clients = strategy.clients
+    with Screen(console, clients, samples, assembly.fleet.rounds) as screen:
+        for event in fit(strategy, assembly.fleet.rounds):
+            screen.show(event)
+            run.log(event)
+            match event:
+                case ClientDone():
+                    seconds[event.client] += event.seconds
+                    trained[event.client] += event.samples
+                case ClientLost():
+                    lost[event.client] = event.reason
+                case RoundDone():
+                    run.save(event.round, event.states, strategy.servers())
+    console.print("testing: every client answers the test images itself", highlight=False)
+    summaries = []
+    for entry in launched:
+        member, client = entry.member, entry.client
+        up = client.traffic.activations_up / max(1, trained[member.name])
+        if member.name not in lost:
+            try:
+                answers = evaluate(client, strategy.server(member.name), assembly.dataset.test)
+            except LinkError as error:
+                lost[member.name] = str(error)
+        if member.name in lost:
+            # what it had learnt by its last complete round is kept, and tested here
+            client = assembly.local(member)
+            client.start(strategy.states.get(member.name, member.state), member.images)
+            answers = evaluate(client, strategy.server(member.name), assembly.dataset.test)
+        summaries.append(
+            ClientSummary(
+                name=member.name,
+                tier=entry.tier,
+                board=entry.board,
+                link=entry.link,
+                cut=member.cut.name,
+                parameters=member.build.graph.parameter_size,
+                arena_bytes=member.build.arena_bytes,
+                flash_bytes=entry.flash_bytes,
+                bytes_up_per_sample=round(up, 1),
+                ms_per_sample=round(1000 * seconds[member.name] / max(1, trained[member.name]), 3),
+                exit_accuracy=answers.exit_accuracy,
+                server_accuracy=answers.server_accuracy,
+                lost=lost.get(member.name),
+            )
+        )
+    return summaries
+
+
+@app.command("eval")
+def evaluate_run(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    entropy: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="An exit answers up to this normalised entropy."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Test a run's checkpoint: each exit, the server, and early exits with the server's help."""
+    from rich.table import Table
+
+    from splitee.fleet import read
+    from splitee.runs import Run
+    from splitee.train import evaluate
+
+    run = Run(folder)
+    checkpoint = run.load()
+    assembly = _assembly(read(run.fleet_file))
+    threshold = assembly.fleet.entropy if entropy is None else entropy
+    rows: list[dict[str, Any]] = []
+    members = [m for m in assembly.members if m.name in checkpoint.states]
+    clients = [assembly.local(m) for m in members]
+    strategy = assembly.strategy(clients)
+    strategy.load(checkpoint.servers)
+    for member, client in zip(members, clients, strict=True):
+        client.start(checkpoint.states[member.name], member.images)
+        answers = evaluate(client, strategy.server(member.name), assembly.dataset.test)
+        share, accuracy = answers.early(threshold)
+        rows.append(
+            {
+                "client": member.name,
+                "cut": member.cut.name,
+                "exit_accuracy": answers.exit_accuracy,
+                "server_accuracy": answers.server_accuracy,
+                "share_at_exit": share,
+                "accuracy": accuracy,
+            }
+        )
+    if as_json:
+        typer.echo(
+            json.dumps({"round": checkpoint.round, "entropy": threshold, "clients": rows}, indent=2)
+        )
+        return
+    table = Table(title=f"round {checkpoint.round}; exits answer up to an entropy of {threshold:g}")
+    for name in ("client", "cut"):
+        table.add_column(name)
+    for name in ("exit", "server", "answered at the exit", "together"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        figures = [row[k] for k in list(row)[2:]]
+        table.add_row(row["client"], row["cut"], *(f"{100 * v:.1f} %" for v in figures))
+    _console().print(table)
+
+
+@app.command()
+def client(
+    fleet_file: FleetFile,
+    name: Annotated[str, typer.Option(help="Which of the fleet's clients this is.")],
+    listen: Annotated[
+        str, typer.Option(help="Address that the host connects to.")
+    ] = "tcp://127.0.0.1:7070",
+) -> None:
+    """Be one of the fleet's clients, in this process: prints its address and waits for the host."""
+    import torch
+
+    from splitee.errors import FleetError
+    from splitee.fleet import read
+    from splitee_host.link import serve_tcp
+    from splitee_host.serve import serve
+
+    torch.set_num_threads(1)
+    fleet = read(fleet_file)
+    names = [c.name for c in fleet.client]
+    if name not in names:
+        raise FleetError(f'{fleet_file}: no client "{name}": there are {", ".join(names)}')
+    assembly = _assembly(fleet)
+    member = assembly.member(name)
+    host, _, port = listen.removeprefix("tcp://").rpartition(":")
+    with serve_tcp(host, int(port)) as listener, suppress(BrokenPipeError):
+        typer.echo(listener.url)
+        with listener.accept() as link:
+            serve(link, assembly.local(member), member.build)
+
+
+if __name__ == "__main__":
+    main()

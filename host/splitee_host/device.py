@@ -1,0 +1,261 @@
+"""A client behind a link: a board, a process with the same firmware, or a Python client.
+
+One request is outstanding at a time. It is sent again, with the same sequence number, until its
+answer comes; a device acts once on a number, so nothing is ever trained twice.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from splitee.client import Part, Place, Settings, State, Stepped, Traffic
+from splitee.data import Images
+from splitee.errors import DeviceRefused, Mismatch, Timeout
+from splitee.ops import Array
+from splitee.place import Build
+from splitee_host.errors import refusal
+from splitee_host.link import Link
+from splitee_host.wire import messages as m
+from splitee_host.wire.frame import Frame, FrameReader, encode
+
+Answer = TypeVar("Answer", bound=m.Message)
+
+# Seconds until a request is sent again: at first, and at most (it doubles each time). Datagrams do
+# get lost; a serial line mostly loses nothing, and a slow answer there costs a repeated request.
+AGAIN = {"udp": (0.2, 2.0)}
+AGAIN_OTHERWISE = (2.0, 4.0)
+
+
+def records(images: Images) -> bytes:
+    """The shard as a device keeps it: one label byte, then the image, for each sample."""
+    flat = images.x.reshape(len(images), -1)
+    return np.concatenate([images.y[:, None], flat], axis=1).tobytes()
+
+
+class Device:
+    """A ``splitee.client.Client`` over a link."""
+
+    def __init__(
+        self,
+        name: str,
+        link: Link,
+        build: Build,
+        settings: Settings,
+        *,
+        session: int = 1,
+        patience: float = 30.0,
+        close: Callable[[], None] | None = None,
+    ) -> None:
+        """patience: seconds without any answer after which the device is lost."""
+        self.name = name
+        self.cut = list(build.graph.exits)[-1]
+        self.capacity = build.capacity
+        self.link = link
+        self.build = build
+        self.traffic = Traffic()
+        self._settings = settings
+        self._session = session
+        self._sequence = 0
+        self._patience = patience
+        self._reader = FrameReader()
+        self._close = close
+        self._receive_max = self._send_max = 0
+
+    # requests
+
+    def request(self, message: m.Message, expected: type[Answer]) -> Answer:
+        """Sends a request and returns its answer.
+
+        Raises DeviceRefused when the device refuses, Timeout when it does not answer, LinkClosed
+        when it is gone.
+        """
+        self._sequence = (self._sequence + 1) & 0xFFFF
+        frame = encode(Frame(message.CODE, self._session, self._sequence, message.pack()))
+        wait, longest = AGAIN.get(self.link.kind, AGAIN_OTHERWISE)
+        deadline = time.monotonic() + self._patience
+        while (now := time.monotonic()) < deadline:
+            self.link.write(frame)
+            self.traffic.down += len(frame)
+            answer = self._answer(min(now + wait, deadline))
+            if answer is not None:
+                return self._checked(message, answer, expected)
+            wait = min(2 * wait, longest)
+        raise Timeout(
+            f'client "{self.name}": no answer to {type(message).__name__} within '
+            f"{self._patience:g} s on {self.link.name}: is the device powered, its firmware "
+            "running, and nothing else using the link?"
+        )
+
+    def _answer(self, deadline: float) -> m.Message | None:
+        """The answer to the last request, or None when it does not come by the deadline."""
+        while (left := deadline - time.monotonic()) > 0:
+            chunk = self.link.read(left)
+            self.traffic.up += len(chunk)
+            for frame in self._reader.feed(chunk):
+                # anything else is the answer to an earlier request, sent twice
+                if (frame.session, frame.sequence) == (self._session, self._sequence):
+                    return m.unpack(frame.code, frame.body)
+        return None
+
+    def _checked(self, asked: m.Message, answer: m.Message, expected: type[Answer]) -> Answer:
+        if isinstance(answer, expected):
+            return answer
+        what = f'client "{self.name}" on {self.link.name}'
+        if isinstance(answer, m.Refused):
+            raise DeviceRefused(f"{what}: {refusal(asked, answer)}")
+        raise Mismatch(
+            f"{what} answered {type(asked).__name__} with {type(answer).__name__}: "
+            "its firmware is not ours; run `splitee build`"
+        )
+
+    def hello(self) -> m.Welcome:
+        """Opens the session.
+
+        Raises Mismatch when the device speaks another wire or holds another segment.
+        """
+        welcome = self.request(m.Hello(m.schema()), m.Welcome)
+        ours = m.schema()
+        what = f'client "{self.name}" on {self.link.name}'
+        if welcome.schema != ours:
+            raise Mismatch(
+                f"{what}: its firmware speaks schema {welcome.schema:08x}, this host {ours:08x}: "
+                "run `splitee build` and load the new firmware"
+            )
+        if welcome.segment != self.build.checksum:
+            raise Mismatch(
+                f"{what}: its firmware holds segment {welcome.segment:08x}, the fleet file asks "
+                f"for {self.build.checksum:08x} (cut {self.cut}): run `splitee build` and load the "
+                "new firmware"
+            )
+        self._receive_max, self._send_max = welcome.receive_max, welcome.send_max
+        return welcome
+
+    def read(self, region: m.Region, offset: int, length: int) -> bytes:
+        """length bytes of a region, in as many requests as it takes."""
+        pieces = []
+        for start in range(offset, offset + length, self._send_max):
+            size = min(self._send_max, offset + length - start)
+            content = self.request(m.Read(region, start, size), m.Content).content
+            if len(content) != size:
+                raise Mismatch(f'client "{self.name}" sent {len(content)} of {size} bytes')
+            pieces.append(content)
+        return b"".join(pieces)
+
+    def write(self, region: m.Region, content: bytes) -> None:
+        """Replaces the beginning of a region, in as many requests as it takes."""
+        size = self._receive_max - len(m.Write(region, 0, b"").pack())
+        for start in range(0, len(content), size):
+            self.request(m.Write(region, start, content[start : start + size]), m.Done)
+
+    def floats(self, region: m.Region, size: int) -> Array:
+        """The first size float32 values of a region."""
+        return np.frombuffer(self.read(region, 0, 4 * size), "<f4").astype(np.float32)
+
+    # splitee.client.Client
+
+    @property
+    def settings(self) -> Settings:
+        """What it learns with; may be replaced between batches."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self._settings = settings
+        self._send_settings()
+
+    def _send_settings(self) -> None:
+        s = self._settings
+        self.request(
+            m.Settings(s.learning_rate, s.momentum, s.weight_decay, s.exit_weight, s.server_weight),
+            m.Done,
+        )
+
+    def start(self, state: State, images: Images) -> None:
+        """Says hello, sends the shard unless the device holds it, then settings and state."""
+        welcome = self.hello()
+        content = records(images)
+        held = (welcome.samples, welcome.shard)
+        if held != (len(images), zlib.crc32(content)):
+            size = self._receive_max - len(m.Data(0, b"").pack())
+            for start in range(0, len(content), size):
+                self.request(m.Data(start, content[start : start + size]), m.Done)
+        self._send_settings()
+        self.load_state(state)
+
+    def load_state(self, state: State) -> None:
+        """Replaces weights, momentum and place."""
+        p = state.place
+        self.request(m.Place(p.samples, p.position, p.seed, p.epoch, p.steps), m.Done)
+        self.load_weights(state.weights)
+        if state.momentum:
+            vector = self.build.graph.flatten_parameters(state.momentum)
+            self.write(m.Region.MOMENTUM, vector.tobytes())
+
+    def load_weights(self, weights: Mapping[str, Array]) -> None:
+        """Replaces parameters and statistics."""
+        self.write(m.Region.WEIGHTS, self.build.graph.flatten(weights).tobytes())
+
+    def state(self) -> State:
+        """Reads everything that it has learnt, and its place."""
+        graph = self.build.graph
+        weights = graph.unflatten(self.floats(m.Region.WEIGHTS, graph.weight_size))
+        momentum: dict[str, Array] = {}
+        if self.build.momentum:
+            vector = self.floats(m.Region.MOMENTUM, graph.parameter_size)
+            momentum = graph.unflatten_parameters(vector)
+        c = self.counters()
+        return State(weights, momentum, Place(c.samples, c.seed, c.epoch, c.position, c.steps))
+
+    def counters(self) -> m.Counters:
+        """The device's counters."""
+        return self.request(m.Stats(), m.Counters)
+
+    def forward(self, count: int, batch: int) -> Part:
+        """Runs its next count samples forward and fetches their activations and labels."""
+        before = self.traffic.up
+        labels = self.request(m.Forward(count, batch), m.Forwarded).labels
+        activations = self._tensor(m.Region.ACTIVATIONS, count, self.build.graph.cut)
+        self.traffic.activations_up += self.traffic.up - before
+        return Part(activations, torch.tensor(list(labels), dtype=torch.int64))
+
+    def _tensor(self, region: m.Region, count: int, name: str) -> Tensor:
+        graph = self.build.graph
+        values = self.floats(region, count * graph.elements(name))
+        return torch.from_numpy(values.reshape(count, *graph.shapes[name]))
+
+    def backward(self, gradient: Tensor | None) -> None:
+        """Sends the server's gradient, where there is one, and runs the part backward."""
+        if gradient is not None:
+            self.write(m.Region.GRADIENT, gradient.cpu().numpy().astype("<f4").tobytes())
+        self.request(m.Backward(), m.Done)
+
+    def step(self) -> Stepped:
+        """Updates its weights."""
+        stepped = self.request(m.Step(), m.Stepped)
+        return Stepped(stepped.loss, stepped.correct)
+
+    def infer(self, images: Array) -> tuple[Tensor, Tensor]:
+        """Activations and logits of at most capacity uint8 images."""
+        self.write(m.Region.INPUT, np.ascontiguousarray(images).tobytes())
+        self.request(m.Infer(len(images)), m.Done)
+        activations = self._tensor(m.Region.ACTIVATIONS, len(images), self.build.graph.cut)
+        return activations, self._tensor(m.Region.LOGITS, len(images), self.build.graph.logits)
+
+    def gradients(self) -> dict[str, Array]:
+        """Gradients of this batch so far, by parameter."""
+        graph = self.build.graph
+        vector = self.floats(m.Region.GRADIENTS, graph.parameter_size)
+        return graph.unflatten_parameters(vector)
+
+    def close(self) -> None:
+        """Closes the link, and ends what was started for it."""
+        self.link.close()
+        if self._close is not None:
+            self._close()

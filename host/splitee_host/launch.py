@@ -1,0 +1,146 @@
+"""Brings a fleet up: builds firmware, starts emulators and processes, opens links."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from splitee.assemble import Assembly, Member
+from splitee.client import Client
+from splitee.errors import LinkError, MissingTool
+from splitee.place import Build
+from splitee_host import boards
+from splitee_host.boards import Board, Firmware
+from splitee_host.device import Device
+from splitee_host.link import Link, open_link
+
+WriteSegment = Callable[[Build], str]  # the exporter of segment.c
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A client that is up, and what it runs on."""
+
+    client: Client
+    member: Member
+    tier: str
+    board: str
+    link: str
+    flash_bytes: int
+
+
+def build_firmware(
+    member_build: Build, board: Board, write_segment: WriteSegment, root: Path
+) -> Firmware:
+    """Writes a segment and builds the firmware around it, in a folder of its own under root.
+
+    The folder is named by board and segment, so that the same segment is built once.
+    """
+    folder = root / f"{board.name}-{member_build.checksum:08x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "segment.c"
+    text = write_segment(member_build)
+    if not source.exists() or source.read_text() != text:  # an untouched file is not recompiled
+        source.write_text(text)
+    return boards.build(board, folder, folder)
+
+
+class Launcher:
+    """Brings up the members of an assembly; everything ends with it."""
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        fleet_file: Path,
+        write_segment: WriteSegment,
+        root: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        """root: folder for what is built. say: tells the user what happens."""
+        self._assembly = assembly
+        self._fleet_file = fleet_file
+        self._write_segment = write_segment
+        self._root = root
+        self._say = say
+        self._known = boards.load_boards()
+        self._ends = ExitStack()
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ends.close()
+
+    def launch(self, member: Member) -> Launched:
+        """One client: up, greeted, and given its shard and state."""
+        board = self._known[member.table.board]
+        if board.port == "torch":
+            launched = self._local(member, board)
+        elif member.table.link is not None:
+            launched = self._attached(member, board)
+        elif board.port == "python":
+            launched = self._process(member, board)
+        else:
+            launched = self._firmware(member, board)
+        launched.client.start(member.state, member.images)
+        return launched
+
+    def _local(self, member: Member, board: Board) -> Launched:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        client = self._assembly.local(member, device)
+        return Launched(client, member, board.tier, device, "memory", 0)
+
+    def _device(self, member: Member, board: Board, link: Link, flash: int) -> Launched:
+        fleet = self._assembly.fleet
+        device = Device(
+            member.name, link, member.build, fleet.settings, patience=fleet.rejoin_within
+        )
+        self._ends.callback(device.close)
+        return Launched(device, member, board.tier, board.name, device.link.name, flash)
+
+    def _attached(self, member: Member, board: Board) -> Launched:
+        """A device that runs already, at the address that the fleet file gives."""
+        assert member.table.link is not None
+        return self._device(member, board, open_link(member.table.link), 0)
+
+    def _process(self, member: Member, board: Board) -> Launched:
+        """A `splitee client` of our own."""
+        self._say(f"{member.name}: starting a Python process")
+        link = self._ends.enter_context(python_client(self._fleet_file, member.name))
+        return self._device(member, board, link, 0)
+
+    def _firmware(self, member: Member, board: Board) -> Launched:
+        self._say(f"{member.name}: building firmware for {board.name}, cut {member.cut.name}")
+        try:
+            firmware = build_firmware(member.build, board, self._write_segment, self._root)
+            running = self._ends.enter_context(boards.start(board, firmware))
+        except MissingTool as missing:
+            if board.qemu is None:
+                raise
+            # an emulated board runs the same C as the process does: the fleet is still whole
+            self._say(f"{member.name}: {missing}; running the same firmware as a process instead")
+            return self._firmware(member, self._known["posix"])
+        return self._device(member, board, running.link, firmware.flash_bytes)
+
+
+@contextmanager
+def python_client(fleet_file: Path, name: str) -> Iterator[Link]:
+    """A `splitee client` process on this machine, and a link to it."""
+    command = [sys.executable, "-m", "splitee_host.cli", "client", str(fleet_file)]
+    command += ["--name", name, "--listen", "tcp://127.0.0.1:0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline().decode().strip()
+            if not line.startswith("tcp://"):
+                raise LinkError(f'client "{name}": its process ended at once: {line or "no word"}')
+            with open_link(line) as link:
+                yield link
+        finally:
+            process.terminate()

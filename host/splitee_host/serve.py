@@ -1,0 +1,285 @@
+"""The Python client's end of the link: answers the same requests as the firmware does.
+
+``splitee client`` runs this on an edge computer. It differs from ``firmware/core/device.c`` only
+in what lies below: torch instead of the C kernels.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from splitee.client import LocalClient, Part, Place, Settings, State
+from splitee.data import Images
+from splitee.errors import LinkClosed
+from splitee.place import Build
+from splitee_host.link import Link
+from splitee_host.wire import messages as m
+from splitee_host.wire.frame import Frame, FrameReader, encode
+
+RECEIVE_MAX = SEND_MAX = 1 << 16  # largest body of a frame, bytes
+
+
+@dataclass
+class _Refusal(Exception):
+    """A request that is not carried out."""
+
+    error: m.Error
+    detail: int = 0
+
+
+def serve(link: Link, client: LocalClient, build: Build) -> None:
+    """Answers requests until the host closes the link."""
+    server = _Server(client, build)
+    reader = FrameReader(RECEIVE_MAX + 64)
+    try:
+        while True:
+            for frame in reader.feed(link.read(3600.0)):
+                answer = server.receive(frame, reader.bad)
+                if answer is not None:
+                    link.write(encode(answer))
+    except LinkClosed:
+        return
+
+
+class _Server:
+    """The state machine of device.c: idle, or after a forward, or after a backward."""
+
+    def __init__(self, client: LocalClient, build: Build) -> None:
+        self._client = client
+        self._build = build
+        graph = build.graph
+        self._shard = bytearray(build.samples_max * build.record_size)
+        self._images = bytearray(build.capacity * graph.elements(graph.input))
+        self._gradient = bytearray(4 * build.capacity * graph.elements(graph.cut))
+        self._activations = bytearray()
+        self._logits = bytearray()
+        self._floats: dict[int, bytearray] = {}  # weights, momentum, gradients as last asked for
+        self._written: set[int] = set()  # those that the host changed since
+        self._phase = 0  # 0 idle, 1 after Forward, 2 after Backward
+        self._part: Part | None = None
+        self._session = 0
+        self._sequence = 0
+        self._answer: m.Message = m.Done()
+        self._frames = self._bad = self._repeated = 0
+        self._compute_seconds = 0.0
+
+    def receive(self, frame: Frame, bad: int) -> Frame | None:
+        """Acts on a request once, and answers; a late one or one of another session is ignored."""
+        self._frames += 1
+        self._bad = bad
+        opens = frame.code == m.Hello.CODE and frame.session != self._session
+        ahead = (frame.sequence - self._sequence) & 0xFFFF
+        if not opens and (frame.session != self._session or ahead > 1):
+            return None
+        if not opens and ahead == 0:
+            self._repeated += 1
+        else:
+            self._session, self._sequence = frame.session, frame.sequence
+            self._answer = self._act(frame)
+        return Frame(self._answer.CODE, self._session, self._sequence, self._answer.pack())
+
+    def _act(self, frame: Frame) -> m.Message:
+        if frame.code not in (r.CODE for r in m.REQUESTS):
+            return m.Refused(m.Error.UNKNOWN_MESSAGE, frame.code)
+        try:
+            request = m.unpack(frame.code, frame.body)
+        except ValueError:
+            return m.Refused(m.Error.BAD_LENGTH, len(frame.body))
+        try:
+            if not isinstance(request, m.Read | m.Write):
+                self._settle()
+            began = time.perf_counter()
+            answer = self._on(request)
+            if isinstance(request, m.Forward | m.Infer | m.Backward | m.Step):
+                self._compute_seconds += time.perf_counter() - began
+            return answer
+        except _Refusal as refusal:
+            return m.Refused(refusal.error, refusal.detail)
+
+    def _on(self, request: m.Message) -> m.Message:
+        match request:
+            case m.Hello():
+                self._phase = 0
+                held = self._shard[: self._client.place.samples * self._build.record_size]
+                return m.Welcome(
+                    m.schema(),
+                    self._build.checksum,
+                    RECEIVE_MAX,
+                    SEND_MAX,
+                    self._build.samples_max,
+                    self._client.place.samples,
+                    self._client.place.steps,
+                    zlib.crc32(held),
+                )
+            case m.Settings():
+                self._settings(request)
+            case m.Data(offset, content):
+                self._store(self._shard, offset, content)
+            case m.Place(samples, position, seed, epoch, steps):
+                self._on_place(Place(samples, seed, epoch, position, steps))
+            case m.Forward(count, batch):
+                return self._forward(count, batch)
+            case m.Infer(count):
+                self._infer(count)
+            case m.Backward():
+                self._backward()
+            case m.Step():
+                return self._step()
+            case m.Read(region, offset, length):
+                return m.Content(self._read(region, offset, length))
+            case m.Write(region, offset, content):
+                self._write(region, offset, content)
+            case m.Stats():
+                return self._counters()
+            case _:  # a Run: this client has no steps to single out
+                raise _Refusal(m.Error.UNKNOWN_MESSAGE, request.CODE)
+        return m.Done()
+
+    def _settings(self, s: m.Settings) -> None:
+        if s.momentum and not self._build.momentum:
+            raise _Refusal(m.Error.NO_MOMENTUM)
+        self._client.settings = Settings(
+            s.learning_rate, s.momentum, s.weight_decay, s.exit_weight, s.server_weight
+        )
+
+    def _on_place(self, place: Place) -> None:
+        if place.samples > self._build.samples_max or place.position > place.samples:
+            raise _Refusal(m.Error.TOO_MANY_SAMPLES, self._build.samples_max)
+        self._phase = 0
+        size = self._build.record_size
+        held = np.frombuffer(self._shard, np.uint8)[: place.samples * size].reshape(-1, size)
+        shape = self._build.graph.input_shape
+        images = Images(held[:, 1:].reshape(-1, *shape).copy(), held[:, 0].copy())
+        state = self._client.state()
+        momentum = state.momentum if place.steps else {}
+        self._client.start(State(state.weights, momentum, place), images)
+
+    def _forward(self, count: int, batch: int) -> m.Forwarded:
+        if self._phase == 1:
+            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+        place = self._client.place
+        if place.samples == 0:
+            raise _Refusal(m.Error.NO_DATA)
+        if not 0 < count <= min(self._build.capacity, batch):
+            raise _Refusal(m.Error.TOO_MANY_SAMPLES, self._build.capacity)
+        left = place.samples - place.position or place.samples
+        if count > left:
+            raise _Refusal(m.Error.TOO_MANY_SAMPLES, left)
+        labels = self._client.upcoming(count).y
+        if labels.max() >= self._build.graph.classes:
+            raise _Refusal(m.Error.BAD_LABEL, int(labels.max()))
+        part = self._client.forward(count, batch)
+        self._activations = _bytes(part.activations)
+        self._part = part
+        self._phase = 1
+        return m.Forwarded(bytes(labels.tolist()))
+
+    def _infer(self, count: int) -> None:
+        if self._phase == 1:
+            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+        if not 0 < count <= self._build.capacity:
+            raise _Refusal(m.Error.TOO_MANY_SAMPLES, self._build.capacity)
+        shape = (self._build.capacity, *self._build.graph.input_shape)
+        images = np.frombuffer(bytes(self._images), np.uint8).reshape(shape)[:count]
+        activations, logits = self._client.infer(images)
+        self._activations, self._logits = _bytes(activations), _bytes(logits)
+
+    def _backward(self) -> None:
+        if self._phase != 1 or self._part is None:
+            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+        gradient = None
+        if self._client.settings.wants_gradient:
+            sent = self._part.activations
+            values = np.frombuffer(bytes(self._gradient), "<f4")[: sent.numel()]
+            gradient = torch.from_numpy(values.copy()).reshape(sent.shape)
+        self._client.backward(gradient)
+        self._phase = 2
+
+    def _step(self) -> m.Stepped:
+        if self._phase != 2:
+            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+        stepped = self._client.step()
+        self._phase = 0
+        return m.Stepped(stepped.loss, stepped.correct)
+
+    def _settle(self) -> None:
+        """Hands what the host wrote to the client, and forgets the copies that it read."""
+        graph = self._build.graph
+        for region in sorted(self._written):
+            values = np.frombuffer(bytes(self._floats[region]), "<f4")
+            if region == m.Region.WEIGHTS:
+                self._client.load_weights(graph.unflatten(values))
+            else:
+                self._client.load_momentum(graph.unflatten_parameters(values))
+        self._written.clear()
+        self._floats.clear()
+
+    def _region(self, region: int) -> bytearray:
+        """The bytes of a region."""
+        if region in (m.Region.WEIGHTS, m.Region.MOMENTUM, m.Region.GRADIENTS):
+            if region not in self._floats:
+                self._floats[region] = self._read_floats(region)
+            return self._floats[region]
+        found = (
+            {
+                m.Region.SHARD: self._shard,
+                m.Region.INPUT: self._images,
+                m.Region.ACTIVATIONS: self._activations,
+                m.Region.GRADIENT: self._gradient,
+                m.Region.LOGITS: self._logits,
+            }.get(m.Region(region))
+            if region in list(m.Region)
+            else None
+        )
+        if found is None:  # an arena is only what the C firmware has
+            raise _Refusal(m.Error.NO_SUCH_REGION, region)
+        return found
+
+    def _read_floats(self, region: int) -> bytearray:
+        graph, client = self._build.graph, self._client
+        if region == m.Region.WEIGHTS:
+            return bytearray(graph.flatten(client.state().weights).tobytes())
+        if region == m.Region.GRADIENTS:
+            return bytearray(graph.flatten_parameters(client.gradients()).tobytes())
+        momentum = client.state().momentum
+        return bytearray(graph.flatten_parameters(momentum).tobytes() if momentum else b"")
+
+    def _read(self, region: int, offset: int, length: int) -> bytes:
+        content = self._region(region)
+        if length > SEND_MAX:
+            raise _Refusal(m.Error.OUT_OF_RANGE, SEND_MAX)
+        if offset + length > len(content):
+            raise _Refusal(m.Error.OUT_OF_RANGE, len(content))
+        return bytes(content[offset : offset + length])
+
+    def _write(self, region: int, offset: int, content: bytes) -> None:
+        buffer = self._region(region)
+        if region in (m.Region.ACTIVATIONS, m.Region.LOGITS, m.Region.GRADIENTS):
+            raise _Refusal(m.Error.READ_ONLY, region)
+        self._store(buffer, offset, content)
+        if region in (m.Region.WEIGHTS, m.Region.MOMENTUM):
+            self._written.add(region)
+
+    @staticmethod
+    def _store(buffer: bytearray, offset: int, content: bytes) -> None:
+        if offset + len(content) > len(buffer):
+            raise _Refusal(m.Error.OUT_OF_RANGE, len(buffer))
+        buffer[offset : offset + len(content)] = content
+
+    def _counters(self) -> m.Counters:
+        p = self._client.place
+        micros = int(self._compute_seconds * 1e6) & 0xFFFFFFFF
+        return m.Counters(
+            p.samples, p.position, p.seed, p.epoch, p.steps, self._frames, self._bad,
+            self._repeated, micros,
+        )  # fmt: skip
+
+
+def _bytes(tensor: Tensor) -> bytearray:
+    return bytearray(tensor.detach().cpu().numpy().astype("<f4").tobytes())
