@@ -1,0 +1,101 @@
+"""The C kernels as a shared library that takes numpy arrays, and how far two tensors may differ."""
+
+import ctypes
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+KERNELS = Path(__file__).parents[2] / "firmware" / "kernels"
+STRICT = (
+    *("-Wall", "-Wextra", "-Wconversion", "-Wdouble-promotion", "-Wshadow", "-Wvla", "-Werror"),
+    "-fsanitize=undefined",
+)
+TOLERANCE = 1e-5
+
+# What a kernel made of a tensor, and what it should be in float64, by the tensor's name.
+Pairs = dict[str, tuple[NDArray[Any], NDArray[Any]]]
+
+# Lies on either side of an array: signalling NaNs, which poison what is computed from them and
+# change their bits (they become quiet) when something is added to them.
+_GUARD = np.full(64, 0x7FA5A5A5, np.uint32).view(np.uint8)
+
+
+class Window(ctypes.Structure):
+    """`struct window` of kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint16) for name in ("in_channels", "in_height", "in_width")),
+        *((name, ctypes.c_uint16) for name in ("out_channels", "out_height", "out_width")),
+        *((name, ctypes.c_uint8) for name in ("kernel_height", "kernel_width")),
+        *((name, ctypes.c_uint8) for name in ("stride_height", "stride_width")),
+        *((name, ctypes.c_uint8) for name in ("padding_height", "padding_width")),
+    )
+
+
+def guarded(values: NDArray[Any]) -> NDArray[Any]:
+    """A copy between two guards: who reads or writes beyond its ends is found out."""
+    whole = np.concatenate([_GUARD, np.zeros(values.nbytes, np.uint8), _GUARD])
+    inner = whole[_GUARD.size : -_GUARD.size].view(values.dtype).reshape(values.shape)
+    inner[...] = values
+    return inner
+
+
+def _assert_guards_hold(array: NDArray[Any]) -> None:
+    whole = array.base
+    assert whole is not None, "kernels take guarded arrays"
+    assert (whole[: _GUARD.size] == _GUARD).all(), "a kernel wrote before the start of an array"
+    assert (whole[-_GUARD.size :] == _GUARD).all(), "a kernel wrote behind the end of an array"
+
+
+class Kernels:
+    """A built library: `kernels.call("relu_forward", y, x, size)`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def call(self, name: str, *arguments: NDArray[Any] | Window | int | float | None) -> None:
+        """Calls a kernel: int is size_t, None is NULL, arrays are guarded and changed in place."""
+        converted: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                assert argument.flags.c_contiguous
+                converted.append(ctypes.c_void_p(argument.ctypes.data))
+            elif isinstance(argument, Window):
+                converted.append(ctypes.byref(argument))
+            elif isinstance(argument, float):
+                converted.append(ctypes.c_float(argument))
+            elif isinstance(argument, int):
+                converted.append(ctypes.c_size_t(argument))
+            else:
+                converted.append(ctypes.c_void_p(None))
+        self._library[name](*converted)
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                _assert_guards_hold(argument)
+
+
+def build(target: Path, sources: Iterable[Path], flags: tuple[str, ...] = STRICT) -> Kernels:
+    """Compiles some of the kernels into a library; warnings are errors, as on a board."""
+    sources = list(sources)
+    root = sources[0].parents[1]  # of the firmware, or of a copy with a planted fault
+    command = ["gcc", "-std=c11", "-O2", "-fPIC", "-shared", f"-I{root}", *flags]
+    subprocess.run([*command, "-o", str(target), *map(str, sources), "-lm"], check=True)
+    return Kernels(ctypes.CDLL(str(target)))
+
+
+def relative_error(pairs: Pairs, tensor: str) -> float:
+    """How far a tensor is off, against its largest element or 1/1000 of the largest gradient."""
+    ours, theirs = pairs[tensor]
+    assert ours.shape == theirs.shape
+    gradients = [np.abs(pair[1]).max() for name, pair in pairs.items() if name.startswith("d")]
+    scale = max(np.abs(theirs).max(), 1e-3 * max(gradients, default=0.0))
+    return float(np.abs(ours - theirs).max() / scale)
+
+
+def agrees(pairs: Pairs, tensor: str) -> bool:
+    """Whether a tensor is as close to float64 as float32 arithmetic should bring it."""
+    return relative_error(pairs, tensor) <= TOLERANCE  # false for NaN too

@@ -1,0 +1,677 @@
+"""The plain C kernels, held to PyTorch in float64 tensor by tensor."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from firmware.kernels_harness import (
+    KERNELS,
+    Kernels,
+    Pairs,
+    Window,
+    agrees,
+    build,
+    guarded,
+    relative_error,
+)
+
+Floats = NDArray[np.float32]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    return build(tmp_path_factory.mktemp("kernels") / "kernels.so", KERNELS.glob("*.c"))
+
+
+@pytest.fixture
+def kernels(library: Kernels, capfd: pytest.CaptureFixture[str]) -> Iterator[Kernels]:
+    """The library; the test fails if the sanitizer had something to say."""
+    yield library
+    assert "runtime error" not in capfd.readouterr().err
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20251209)
+
+
+def randoms(generator: np.random.Generator, *shape: int) -> Floats:
+    return guarded(generator.standard_normal(shape, np.float32))
+
+
+def unassigned(*shape: int) -> Floats:
+    return guarded(np.full(shape, np.nan, np.float32))
+
+
+def wide(values: NDArray[Any]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def narrow(tensor: torch.Tensor | None) -> NDArray[Any]:
+    assert tensor is not None
+    return np.asarray(tensor.detach())
+
+
+def leaf(values: Floats, gradient: Floats) -> torch.Tensor:
+    """A tensor whose gradient PyTorch adds to, from the same start as the kernel."""
+    tensor = wide(values).requires_grad_()
+    tensor.grad = wide(gradient)
+    return tensor
+
+
+# ---- windows: convolution and pools ----
+
+
+@dataclass(frozen=True)
+class Image:
+    """Shapes of one convolution or pool; pairs are height, width."""
+
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    channels: int = 3
+    out: int = 5
+    n: int = 2
+
+    def out_size(self) -> tuple[int, int]:
+        height, width = (
+            (size + 2 * padding - kernel) // stride + 1
+            for size, kernel, stride, padding in zip(
+                self.size, self.kernel, self.stride, self.padding, strict=True
+            )
+        )
+        return height, width
+
+    def window(self, out: int) -> Window:
+        sizes = (self.channels, *self.size, out, *self.out_size())
+        return Window(*sizes, *self.kernel, *self.stride, *self.padding)
+
+
+CONVOLUTIONS = {
+    "3x3 padding 1": Image((8, 8), (3, 3), padding=(1, 1)),
+    "3x3 padding 0": Image((6, 7), (3, 3)),
+    "5x5 padding 2": Image((9, 6), (5, 5), padding=(2, 2)),
+    "1x1 image 1x1 kernel": Image((1, 1), (1, 1)),
+    "1x1 image 3x3 kernel padding 1": Image((1, 1), (3, 3), padding=(1, 1)),
+    "odd sizes stride 2": Image((7, 9), (3, 3), (2, 2), (1, 1)),
+    "even sizes stride 2": Image((8, 6), (3, 3), (2, 2), (1, 1)),
+    "1x1 kernel stride 2": Image((7, 8), (1, 1), (2, 2)),
+    "1x1 kernel stride 3 padding 1": Image((5, 6), (1, 1), (3, 3), (1, 1)),
+    "stride larger than kernel": Image((9, 11), (2, 2), (4, 3)),
+    "one channel to one": Image((5, 5), (3, 3), padding=(1, 1), channels=1, out=1),
+    "one channel to four": Image((5, 5), (3, 3), padding=(1, 1), channels=1, out=4),
+    "four channels to eleven": Image((4, 5), (3, 3), padding=(1, 1), channels=4, out=11),
+    "window, stride and padding not square": Image((7, 10), (3, 2), (1, 2), (0, 1)),
+    "kernel as wide as the image": Image((4, 6), (1, 6)),
+    "kernel larger than the image": Image((2, 3), (5, 7), padding=(2, 3)),
+    "padding as large as the kernel": Image((3, 4), (2, 2), padding=(2, 2)),
+    "padding larger than the kernel": Image((3, 2), (2, 2), (2, 3), (5, 4)),
+    "outputs that see only padding": Image((1, 1), (1, 1), (1, 1), (3, 2)),
+    "one sample": Image((6, 6), (3, 3), padding=(1, 1), n=1),
+    "many channels": Image((4, 4), (3, 3), padding=(1, 1), channels=64, out=32, n=3),
+}
+
+
+def conv2d(kernels: Kernels, case: Image) -> Pairs:
+    generator = rng()
+    s, n = case.window(case.out), case.n
+    x = randoms(generator, n, case.channels, *case.size)
+    w = randoms(generator, case.out, case.channels, *case.kernel)
+    b = randoms(generator, case.out)
+    y = unassigned(n, case.out, *case.out_size())
+    kernels.call("conv2d_forward", y, x, w, b, s, n)
+    dy, dx = randoms(generator, *y.shape), randoms(generator, *x.shape)
+    dw, db = randoms(generator, *w.shape), randoms(generator, *b.shape)
+    wx, ww, wb = leaf(x, dx), leaf(w, dw), leaf(b, db)
+    kernels.call("conv2d_backward", dx, dw, db, dy, x, w, s, n)
+
+    wy = torch.nn.functional.conv2d(wx, ww, wb, case.stride, case.padding)
+    torch.autograd.backward(wy, wide(dy))
+    return {
+        "y": (y, narrow(wy)),
+        "dx": (dx, narrow(wx.grad)),
+        "dw": (dw, narrow(ww.grad)),
+        "db": (db, narrow(wb.grad)),
+    }
+
+
+@pytest.mark.parametrize("tensor", ["y", "dx", "dw", "db"])
+@pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
+def test_conv2d_agrees_with_pytorch(kernels: Kernels, case: Image, tensor: str) -> None:
+    assert agrees(conv2d(kernels, case), tensor)
+
+
+def test_conv2d_without_bias_starts_from_zero(kernels: Kernels) -> None:
+    case = CONVOLUTIONS["3x3 padding 1"]
+    x = randoms(rng(), case.n, case.channels, *case.size)
+    w = randoms(rng(), case.out, case.channels, *case.kernel)
+    with_zeros, without = (unassigned(case.n, case.out, *case.out_size()) for _ in range(2))
+    zeros = guarded(np.zeros(case.out, np.float32))
+    kernels.call("conv2d_forward", with_zeros, x, w, zeros, case.window(case.out), case.n)
+    kernels.call("conv2d_forward", without, x, w, None, case.window(case.out), case.n)
+    np.testing.assert_array_equal(without, with_zeros)
+
+
+def test_conv2d_computes_the_same_dw_where_neither_dx_nor_db_is_wanted(kernels: Kernels) -> None:
+    case = CONVOLUTIONS["3x3 padding 1"]
+    x = randoms(rng(), case.n, case.channels, *case.size)
+    w = randoms(rng(), case.out, case.channels, *case.kernel)
+    dy = randoms(rng(), case.n, case.out, *case.out_size())
+    dx, db = randoms(rng(), *x.shape), randoms(rng(), case.out)
+    dw, alone = randoms(rng(), *w.shape), randoms(rng(), *w.shape)
+    kernels.call("conv2d_backward", dx, dw, db, dy, x, w, case.window(case.out), case.n)
+    kernels.call("conv2d_backward", None, alone, None, dy, x, w, case.window(case.out), case.n)
+    np.testing.assert_array_equal(alone, dw)
+
+
+POOLS = {
+    "2x2 stride 2": Image((8, 6), (2, 2), (2, 2)),
+    "2x2 stride 2 odd sizes": Image((7, 5), (2, 2), (2, 2)),
+    "3x3 stride 2 padding 1": Image((7, 8), (3, 3), (2, 2), (1, 1)),
+    "3x3 stride 1 padding 1": Image((5, 4), (3, 3), (1, 1), (1, 1)),
+    "1x1 image": Image((1, 1), (1, 1)),
+    "1x1 image 3x3 window padding 1": Image((1, 1), (3, 3), padding=(1, 1)),
+    "whole image": Image((6, 7), (6, 7)),
+    "window, stride and padding not square": Image((9, 7), (4, 2), (3, 1), (2, 0)),
+    "stride larger than window": Image((9, 11), (2, 2), (3, 4)),
+    "window of 256": Image((16, 16), (16, 16)),
+    "one channel": Image((5, 5), (2, 3), (1, 2), (1, 1), channels=1, n=1),
+}
+
+
+def max_pool(kernels: Kernels, case: Image) -> Pairs:
+    generator = rng()
+    s, n = case.window(case.channels), case.n
+    x = randoms(generator, n, case.channels, *case.size)
+    y = unassigned(n, case.channels, *case.out_size())
+    winner = guarded(np.full(y.shape, 0xAA, np.uint8))
+    kernels.call("max_pool_forward", y, winner, x, s, n)
+    dy, dx = randoms(generator, *y.shape), randoms(generator, *x.shape)
+    wx = leaf(x, dx)
+    kernels.call("max_pool_backward", dx, dy, winner, s, n)
+
+    wy, places = torch.nn.functional.max_pool2d_with_indices(
+        wx, case.kernel, case.stride, case.padding
+    )
+    torch.autograd.backward(wy, wide(dy))
+    # A place in the image, as PyTorch counts it, from the place in the window.
+    oy, ox = np.indices(case.out_size())
+    iy = oy * case.stride[0] + winner // case.kernel[1] - case.padding[0]
+    ix = ox * case.stride[1] + winner % case.kernel[1] - case.padding[1]
+    return {
+        "y": (y, narrow(wy)),
+        "winner": (iy * case.size[1] + ix, narrow(places)),
+        "dx": (dx, narrow(wx.grad)),
+    }
+
+
+@pytest.mark.parametrize("tensor", ["y", "winner", "dx"])
+@pytest.mark.parametrize("case", POOLS.values(), ids=POOLS.keys())
+def test_max_pool_agrees_with_pytorch(kernels: Kernels, case: Image, tensor: str) -> None:
+    assert agrees(max_pool(kernels, case), tensor)
+
+
+def test_the_first_of_equal_maxima_wins(kernels: Kernels) -> None:
+    image = [[3, 3, 1, 5], [3, 3, 5, 5], [-2, -7, 0, 0], [-2, -2, 0, 4]]
+    x = guarded(np.array(image, np.float32))
+    y, winner = unassigned(2, 2), guarded(np.zeros((2, 2), np.uint8))
+    s = Image((4, 4), (2, 2), (2, 2), channels=1).window(1)
+    kernels.call("max_pool_forward", y, winner, x, s, 1)
+    np.testing.assert_array_equal(y, [[3, 5], [-2, 4]])
+    np.testing.assert_array_equal(winner, [[0, 1], [0, 3]])
+
+
+def avg_pool(kernels: Kernels, case: Image) -> Pairs:
+    generator = rng()
+    s, n = case.window(case.channels), case.n
+    x = randoms(generator, n, case.channels, *case.size)
+    y = unassigned(n, case.channels, *case.out_size())
+    kernels.call("avg_pool_forward", y, x, s, n)
+    dy, dx = randoms(generator, *y.shape), randoms(generator, *x.shape)
+    wx = leaf(x, dx)
+    kernels.call("avg_pool_backward", dx, dy, s, n)
+
+    wy = torch.nn.functional.avg_pool2d(wx, case.kernel, case.stride, case.padding)
+    torch.autograd.backward(wy, wide(dy))
+    return {"y": (y, narrow(wy)), "dx": (dx, narrow(wx.grad))}
+
+
+@pytest.mark.parametrize("tensor", ["y", "dx"])
+@pytest.mark.parametrize("case", POOLS.values(), ids=POOLS.keys())
+def test_avg_pool_agrees_with_pytorch(kernels: Kernels, case: Image, tensor: str) -> None:
+    assert agrees(avg_pool(kernels, case), tensor)
+
+
+def test_avg_pool_is_zero_where_it_sees_only_padding(kernels: Kernels) -> None:
+    x, y = guarded(np.full((1, 1), 8, np.float32)), unassigned(5, 5)
+    s = Image((1, 1), (1, 1), padding=(2, 2), channels=1).window(1)
+    kernels.call("avg_pool_forward", y, x, s, 1)
+    expected = np.zeros((5, 5))
+    expected[2, 2] = 8
+    np.testing.assert_array_equal(y, expected)
+
+
+# ---- linear ----
+
+LAYERS = {  # in, out, samples
+    "12 to 8": (12, 8, 3),
+    "7 to 10, not multiples of four": (7, 10, 5),
+    "1 to 1": (1, 1, 1),
+    "1 to 4": (1, 4, 2),
+    "9 to 3": (9, 3, 1),
+    "2048 to 10": (2048, 10, 4),
+}
+
+
+def linear(kernels: Kernels, case: tuple[int, int, int]) -> Pairs:
+    generator = rng()
+    width, out, n = case
+    x, w = randoms(generator, n, width), randoms(generator, out, width)
+    b, y = randoms(generator, out), unassigned(n, out)
+    kernels.call("linear_forward", y, x, w, b, width, out, n)
+    dy, dx = randoms(generator, n, out), randoms(generator, n, width)
+    dw, db = randoms(generator, out, width), randoms(generator, out)
+    wx, ww, wb = leaf(x, dx), leaf(w, dw), leaf(b, db)
+    kernels.call("linear_backward", dx, dw, db, dy, x, w, width, out, n)
+
+    wy = torch.nn.functional.linear(wx, ww, wb)
+    torch.autograd.backward(wy, wide(dy))
+    return {
+        "y": (y, narrow(wy)),
+        "dx": (dx, narrow(wx.grad)),
+        "dw": (dw, narrow(ww.grad)),
+        "db": (db, narrow(wb.grad)),
+    }
+
+
+@pytest.mark.parametrize("tensor", ["y", "dx", "dw", "db"])
+@pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys())
+def test_linear_agrees_with_pytorch(
+    kernels: Kernels, case: tuple[int, int, int], tensor: str
+) -> None:
+    assert agrees(linear(kernels, case), tensor)
+
+
+def test_linear_does_without_bias_and_dx(kernels: Kernels) -> None:
+    x, dy = guarded(np.array([[2, 3]], np.float32)), guarded(np.array([[5]], np.float32))
+    w, dw = guarded(np.array([[7, 11]], np.float32)), guarded(np.ones((1, 2), np.float32))
+    y = unassigned(1, 1)
+    kernels.call("linear_forward", y, x, w, None, 2, 1, 1)
+    kernels.call("linear_backward", None, dw, None, dy, x, w, 2, 1, 1)
+    np.testing.assert_array_equal(y, [[2 * 7 + 3 * 11]])
+    np.testing.assert_array_equal(dw, [[1 + 5 * 2, 1 + 5 * 3]])
+
+
+# ---- group norm ----
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Shapes of one group norm, and how far from zero its input lies."""
+
+    channels: int
+    groups: int
+    area: int
+    offset: float = 0.0
+    n: int = 3
+
+
+NORMS = {
+    "8 channels in 2 groups": Norm(8, 2, 20),
+    "one group": Norm(6, 1, 9),
+    "one channel a group": Norm(5, 5, 7),
+    "area of one": Norm(12, 3, 1),
+    "one channel, one sample": Norm(1, 1, 65, n=1),
+    "4096 elements a group": Norm(8, 2, 1024),
+    "4096 elements a group, far from zero": Norm(8, 2, 1024, offset=100.0, n=1),
+}
+
+
+def group_norm(kernels: Kernels, case: Norm) -> Pairs:
+    generator = rng()
+    epsilon = 1e-5
+    shape = (case.n, case.channels, case.area)
+    x = guarded(randoms(generator, *shape) + np.float32(case.offset))
+    w, b = randoms(generator, case.channels), randoms(generator, case.channels)
+    y, mean, rstd = unassigned(*shape), *(unassigned(case.n, case.groups) for _ in range(2))
+    sizes = case.channels, case.groups, case.area
+    kernels.call("group_norm_forward", y, mean, rstd, x, w, b, *sizes, epsilon, case.n)
+    dy, dx = randoms(generator, *shape), randoms(generator, *shape)
+    dw, db = randoms(generator, case.channels), randoms(generator, case.channels)
+    wx, ww, wb = leaf(x, dx), leaf(w, dw), leaf(b, db)
+    kernels.call("group_norm_backward", dx, dw, db, dy, x, w, mean, rstd, *sizes, case.n)
+
+    wy = torch.nn.functional.group_norm(wx, case.groups, ww, wb, epsilon)
+    torch.autograd.backward(wy, wide(dy))
+    groups = x.astype(np.float64).reshape(case.n, case.groups, -1)
+    return {
+        "y": (y, narrow(wy)),
+        "mean": (mean, groups.mean(-1)),
+        "rstd": (rstd, 1 / np.sqrt(groups.var(-1) + epsilon)),
+        "dx": (dx, narrow(wx.grad)),
+        "dw": (dw, narrow(ww.grad)),
+        "db": (db, narrow(wb.grad)),
+    }
+
+
+@pytest.mark.parametrize("tensor", ["y", "mean", "rstd", "dx", "dw", "db"])
+@pytest.mark.parametrize("case", NORMS.values(), ids=NORMS.keys())
+def test_group_norm_agrees_with_pytorch(kernels: Kernels, case: Norm, tensor: str) -> None:
+    assert agrees(group_norm(kernels, case), tensor)
+
+
+@pytest.mark.parametrize("tensor", ["mean", "rstd"])
+def test_statistics_of_very_many_elements_keep_a_millionth(kernels: Kernels, tensor: str) -> None:
+    assert relative_error(group_norm(kernels, Norm(16, 1, 8192, offset=10.0, n=1)), tensor) < 1e-6
+
+
+def test_group_norm_computes_the_same_dw_and_db_where_dx_is_not_wanted(kernels: Kernels) -> None:
+    shape = (2, 4, 6)
+    x, dy, dx = (randoms(rng(), *shape) for _ in range(3))
+    w, mean, rstd = randoms(rng(), 4), randoms(rng(), 2, 2), randoms(rng(), 2, 2)
+    dw, db, dw_alone, db_alone = (randoms(rng(), 4) for _ in range(4))
+    kernels.call("group_norm_backward", dx, dw, db, dy, x, w, mean, rstd, 4, 2, 6, 2)
+    kernels.call("group_norm_backward", None, dw_alone, db_alone, dy, x, w, mean, rstd, 4, 2, 6, 2)
+    np.testing.assert_array_equal(dw_alone, dw)
+    np.testing.assert_array_equal(db_alone, db)
+
+
+# ---- elementwise ----
+
+
+def relu(kernels: Kernels) -> Pairs:
+    generator = rng()
+    x, y = randoms(generator, 37), unassigned(37)
+    kernels.call("relu_forward", y, x, 37)
+    dy, dx = randoms(generator, 37), randoms(generator, 37)
+    wx = leaf(x, dx)
+    kernels.call("relu_backward", dx, dy, y, 37)
+
+    wy = torch.relu(wx)
+    torch.autograd.backward(wy, wide(dy))
+    return {"y": (y, narrow(wy)), "dx": (dx, narrow(wx.grad))}
+
+
+@pytest.mark.parametrize("tensor", ["y", "dx"])
+def test_relu_agrees_with_pytorch(kernels: Kernels, tensor: str) -> None:
+    assert agrees(relu(kernels), tensor)
+
+
+def test_relu_passes_no_gradient_at_zero(kernels: Kernels) -> None:
+    y, dy, dx = (guarded(np.array([value], np.float32)) for value in (0, 3, 5))
+    kernels.call("relu_backward", dx, dy, y, 1)
+    assert dx[0] == 5
+
+
+def add(kernels: Kernels) -> Pairs:
+    generator = rng()
+    a, b, y = randoms(generator, 23), randoms(generator, 23), unassigned(23)
+    kernels.call("add_forward", y, a, b, 23)
+    dy, da, db = (randoms(generator, 23) for _ in range(3))
+    wa, wb = leaf(a, da), leaf(b, db)
+    kernels.call("add_backward", da, db, dy, 23)
+
+    wy = wa + wb
+    torch.autograd.backward(wy, wide(dy))
+    return {"y": (y, narrow(wy)), "da": (da, narrow(wa.grad)), "db": (db, narrow(wb.grad))}
+
+
+@pytest.mark.parametrize("tensor", ["y", "da", "db"])
+def test_add_agrees_with_pytorch(kernels: Kernels, tensor: str) -> None:
+    assert agrees(add(kernels), tensor)
+
+
+def test_add_backward_skips_the_side_that_is_not_wanted(kernels: Kernels) -> None:
+    dy, da, db = (guarded(np.full(3, value, np.float32)) for value in (2, 10, 20))
+    kernels.call("add_backward", da, None, dy, 3)
+    kernels.call("add_backward", None, db, dy, 3)
+    np.testing.assert_array_equal([da, db], [[12] * 3, [22] * 3])
+
+
+def test_a_tensor_added_to_itself_gets_its_gradient_twice(kernels: Kernels) -> None:
+    dy, da = (guarded(np.full(3, value, np.float32)) for value in (2, 10))
+    kernels.call("add_backward", da, da, dy, 3)
+    np.testing.assert_array_equal(da, [14] * 3)
+
+
+def branch(kernels: Kernels) -> Pairs:
+    generator = rng()
+    x, dy, dx = (randoms(generator, 11) for _ in range(3))
+    wx = leaf(x, dx)
+    kernels.call("branch_backward", dx, dy, 0.375, 11)
+
+    torch.autograd.backward(wx * 0.375, wide(dy))
+    return {"dx": (dx, narrow(wx.grad))}
+
+
+def test_branch_backward_adds_the_weighted_gradient(kernels: Kernels) -> None:
+    assert agrees(branch(kernels), "dx")
+
+
+def test_a_branch_of_weight_zero_passes_nothing_on_not_even_nan(kernels: Kernels) -> None:
+    dx = guarded(np.array([1, 2], np.float32))
+    kernels.call("branch_backward", dx, unassigned(2), 0.0, 2)
+    np.testing.assert_array_equal(dx, [1, 2])
+
+
+def test_gradient_weigh_multiplies_in_place(kernels: Kernels) -> None:
+    g = guarded(np.array([4, -8, 0.5], np.float32))
+    kernels.call("gradient_weigh", g, 0.25, 3)
+    np.testing.assert_array_equal(g, [1, -2, 0.125])
+
+
+def test_gradient_weigh_of_zero_clears_nan_and_infinity(kernels: Kernels) -> None:
+    g = guarded(np.array([np.nan, np.inf, 3], np.float32))
+    kernels.call("gradient_weigh", g, 0.0, 3)
+    np.testing.assert_array_equal(g, [0, 0, 0])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 35), (1, 1, 1), (5, 1, 4), (1, 3, 1024)])
+@pytest.mark.parametrize("in_place", [False, True], ids=["apart", "last bytes of y"])
+def test_normalize_scales_and_shifts_each_channel(
+    kernels: Kernels, shape: tuple[int, int, int], in_place: bool
+) -> None:
+    generator = rng()
+    values = generator.integers(0, 256, shape, np.uint8)
+    scale, shift = randoms(generator, shape[1]), randoms(generator, shape[1])
+    y = unassigned(*shape)
+    images = y.reshape(-1).view(np.uint8)[-values.size :] if in_place else guarded(values.ravel())
+    images[...] = values.ravel()
+    kernels.call("normalize_forward", y, images, scale, shift, shape[1], shape[2], shape[0])
+    expected = values * scale.astype(np.float64)[:, None] + shift.astype(np.float64)[:, None]
+    assert agrees({"y": (y, expected)}, "y")
+
+
+# ---- loss ----
+
+LOGITS = {  # classes, samples, largest logit
+    "10 classes": (10, 7, 3.0),
+    "2 classes, one sample": (2, 1, 1.0),
+    "100 classes": (100, 4, 10.0),
+    "256 classes": (256, 3, 5.0),
+    "exponentials that overflow": (10, 5, 200.0),
+}
+
+
+def softmax_cross_entropy(kernels: Kernels, case: tuple[int, int, float]) -> Pairs:
+    generator = rng()
+    classes, n, largest = case
+    logits = guarded(generator.uniform(-largest, largest, (n, classes)).astype(np.float32))
+    labels = guarded(generator.integers(0, classes, n).astype(np.uint8))
+    labels[0] = logits[0].argmax()  # so that one is correct
+    scale = 1 / np.float32(n + 3)
+    p, dlogits = unassigned(n, classes), randoms(generator, n, classes)
+    loss, correct = guarded(np.array([2.5], np.float32)), guarded(np.array([40], np.uint32))
+    wlogits, targets = leaf(logits, dlogits), torch.tensor(labels, dtype=torch.int64)
+    forward = "softmax_cross_entropy_forward"
+    kernels.call(forward, p, loss, correct, logits, labels, float(scale), classes, n)
+    kernels.call("softmax_cross_entropy_backward", dlogits, p, labels, float(scale), classes, n)
+
+    wloss = torch.nn.functional.cross_entropy(wlogits, targets, reduction="sum") * float(scale)
+    torch.autograd.backward(wloss)
+    hits = (wlogits.argmax(1) == targets).sum()
+    return {
+        "p": (p, narrow(torch.softmax(wlogits, 1))),
+        "loss": (loss, narrow(wloss).reshape(1) + 2.5),
+        "correct": (correct.astype(np.int64), narrow(hits).reshape(1) + 40),
+        "dlogits": (dlogits, narrow(wlogits.grad)),
+    }
+
+
+@pytest.mark.parametrize("tensor", ["p", "loss", "dlogits"])
+@pytest.mark.parametrize("case", LOGITS.values(), ids=LOGITS.keys())
+def test_softmax_cross_entropy_agrees_with_pytorch(
+    kernels: Kernels, case: tuple[int, int, float], tensor: str
+) -> None:
+    assert agrees(softmax_cross_entropy(kernels, case), tensor)
+
+
+@pytest.mark.parametrize("case", LOGITS.values(), ids=LOGITS.keys())
+def test_correct_samples_are_counted_on(kernels: Kernels, case: tuple[int, int, float]) -> None:
+    ours, theirs = softmax_cross_entropy(kernels, case)["correct"]
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("label", "correct"), [(0, 0), (1, 1), (2, 0)])
+def test_the_first_of_equal_logits_is_the_answer(
+    kernels: Kernels, label: int, correct: int
+) -> None:
+    logits = guarded(np.array([[1, 4, 4], [5, 0, 0]], np.float32))
+    count = guarded(np.zeros(1, np.uint32))
+    labels = guarded(np.array([label, 1], np.uint8))
+    forward = "softmax_cross_entropy_forward"
+    kernels.call(forward, unassigned(2, 3), None, count, logits, labels, 1.0, 3, 2)
+    assert count[0] == correct
+
+
+def test_softmax_does_without_loss_and_count(kernels: Kernels) -> None:
+    p, logits = unassigned(1, 2), guarded(np.array([[7, 7]], np.float32))
+    labels = guarded(np.zeros(1, np.uint8))
+    forward = "softmax_cross_entropy_forward"
+    kernels.call(forward, p, None, None, logits, labels, 1.0, 2, 1)
+    np.testing.assert_array_equal(p, [[0.5, 0.5]])
+
+
+# ---- sgd ----
+
+STEPS = {  # rate, momentum, decay
+    "momentum and decay": (0.1, 0.9, 0.01),
+    "momentum": (0.05, 0.8, 0.0),
+    "decay without momentum": (0.1, 0.0, 0.05),
+    "plain": (0.2, 0.0, 0.0),
+}
+
+
+def sgd(kernels: Kernels, case: tuple[float, float, float]) -> Pairs:
+    generator = rng()
+    rate, momentum, decay = (float(np.float32(value)) for value in case)
+    w = randoms(generator, 19)
+    v = guarded(np.zeros(19, np.float32)) if momentum else None
+    parameter = wide(w).requires_grad_()
+    optimizer = torch.optim.SGD([parameter], rate, momentum, weight_decay=decay)
+    for _ in range(3):
+        g = randoms(generator, 19)
+        kernels.call("sgd_step", w, v, g, rate, momentum, decay, 19)
+        parameter.grad = torch.tensor(g, dtype=torch.float64)
+        optimizer.step()
+    pairs: Pairs = {"w": (w, narrow(parameter))}
+    if v is not None:
+        pairs["v"] = v, narrow(optimizer.state[parameter]["momentum_buffer"])
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor"),
+    [
+        pytest.param(case, tensor, id=f"{name}-{tensor}")
+        for name, case in STEPS.items()
+        for tensor in ("w", "v")
+        if tensor == "w" or case[1]
+    ],
+)
+def test_three_steps_agree_with_pytorch(
+    kernels: Kernels, case: tuple[float, float, float], tensor: str
+) -> None:
+    assert agrees(sgd(kernels, case), tensor)
+
+
+# ---- the tests themselves ----
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change of the kernels' text, and the tensor whose comparison has to notice it."""
+
+    file: str
+    old: str
+    new: str
+    compare: Callable[[Kernels], Pairs]
+    tensor: str
+
+
+_CONV = partial(conv2d, case=CONVOLUTIONS["odd sizes stride 2"])
+_LINEAR = partial(linear, case=LAYERS["7 to 10, not multiples of four"])
+_NORM = partial(group_norm, case=NORMS["8 channels in 2 groups"])
+_MAX = partial(max_pool, case=POOLS["3x3 stride 2 padding 1"])
+_AVG = partial(avg_pool, case=POOLS["3x3 stride 2 padding 1"])
+_LOSS = partial(softmax_cross_entropy, case=LOGITS["10 classes"])
+_SGD = partial(sgd, case=STEPS["momentum and decay"])
+
+FAULTS = [
+    Fault("conv2d.c", "dx + image, from, w + weight", "dx + image, from, w + c", _CONV, "dx"),
+    Fault("conv2d.c", "dw + weight, from, x + image", "dw + weight, from, x + tap.x", _CONV, "dw"),
+    Fault("conv2d.c", "% s->out_channels] += sum", "% s->out_channels] = sum", _CONV, "db"),
+    Fault("patch.h", " + w3 * y3[i]", "", _CONV, "dx"),
+    Fault("patch.h", "row3 += y3[i] * value", "row3 += y2[i] * value", _CONV, "dw"),
+    Fault("linear.c", "dx + sample * in", "dx", _LINEAR, "dx"),
+    Fault("patch.h", "y3[i] += w3 * value", "y3[i] = w3 * value", _LINEAR, "dw"),
+    Fault("linear.c", "db[o] += dy[o]", "db[o] -= dy[o]", _LINEAR, "db"),
+    Fault("group_norm.c", "dy[i] - level - slope", "dy[i] - slope", _NORM, "dx"),
+    Fault("group_norm.c", "slope *= rstd[group] * rstd", "slope *= rstd", _NORM, "dx"),
+    Fault("group_norm.c", "dw[first + c] += scale", "dw[c] += scale", _NORM, "dw"),
+    Fault("group_norm.c", "db[first + c] += shift", "db[first + c] += scale", _NORM, "db"),
+    Fault("elementwise.c", "dx[i] += y[i] > 0 ? dy[i] : 0", "dx[i] += dy[i]", relu, "dx"),
+    Fault("elementwise.c", "accumulate(da, dy, size)", "accumulate(da, dy, size - 1)", add, "da"),
+    Fault("elementwise.c", "accumulate(db, dy, size)", "accumulate(db, db, size)", add, "db"),
+    Fault("elementwise.c", "dx[i] += weight * dy[i]", "dx[i] += dy[i]", branch, "dx"),
+    Fault("pool.c", "winner[o] / s->kernel_width", "s->padding_height", _MAX, "dx"),
+    Fault("pool.c", "+ ix] += dy[o]", "+ ix] = dy[o]", _MAX, "dx"),
+    Fault("pool.c", "part = dy[o] * share", "part = dy[o]", _AVG, "dx"),
+    Fault("loss.c", "dlogits[labels[sample]] -= scale", "dlogits[0] -= scale", _LOSS, "dlogits"),
+    Fault("sgd.c", "v[i] = step;", "v[i] = g[i];", _SGD, "v"),
+    Fault("sgd.c", "g[i] + decay * w[i]", "g[i]", _SGD, "w"),
+]
+
+
+def build_faulty(folder: Path, file: str, old: str, new: str) -> Kernels:
+    sources = Path(shutil.copytree(KERNELS, folder / "kernels"))
+    text = (sources / file).read_text()
+    assert text.count(old) == 1, "the text to change is not there, or not alone"
+    (sources / file).write_text(text.replace(old, new))
+    changed = [sources / file] if file.endswith(".c") else sources.glob("*.c")
+    return build(folder / "faulty.so", changed, ("-O0",))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault.file}: {fault.new}" for fault in FAULTS])
+def test_a_planted_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
+    faulty = build_faulty(tmp_path, fault.file, fault.old, fault.new)
+    assert not agrees(fault.compare(faulty), fault.tensor)
+
+
+def test_a_write_behind_an_array_is_noticed(tmp_path: Path) -> None:
+    faulty = build_faulty(tmp_path, "elementwise.c", "[i] += from[i]", "[i + 1] += from[i]")
+    with pytest.raises(AssertionError, match="wrote behind the end"):
+        add(faulty)
+
+
+def test_a_read_behind_an_array_is_noticed(tmp_path: Path) -> None:
+    faulty = build_faulty(tmp_path, "elementwise.c", "[i] += from[i]", "[i] += from[i + 1]")
+    assert np.isnan(relative_error(add(faulty), "da"))
