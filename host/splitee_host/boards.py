@@ -241,7 +241,8 @@ def _failure(board: Board, said: str) -> SpliteeError:
             "`sudo apt-get install picolibc-arm-none-eabi`"
         )
     lines = [line for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"\berror: (?!ld returned)|\bld: ", line)]
+    telling = re.compile(r"\berror: (?!ld returned)|undefined reference|\bld: (?!.*in function)")
+    errors = [line for line in lines if telling.search(line)]
     first = "\n  ".join((errors or lines)[:5])
     return BuildError(f"the firmware for {board.name} did not build:\n  {first}")
 
@@ -453,6 +454,8 @@ class _ProcessLink:
         self._closed = False
 
     def write(self, data: bytes) -> None:
+        if not self._closed and (obituary := self._running.obituary()):
+            raise LinkClosed(obituary)
         with self._explained():
             self._link.write(data)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from splitee.assemble import Assembly
     from splitee.fleet import Fleet
+    from splitee.model import Cut
     from splitee_host.launch import Launched
 
 app = typer.Typer(
@@ -116,6 +117,7 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
     """Show what each client's segment takes at each cut, and whether it fits its board."""
     from rich.table import Table
 
+    from splitee.errors import FitError
     from splitee.fleet import read
 
     assembly = _assembly(read(fleet_file))
@@ -123,7 +125,9 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
     clients: list[dict[str, Any]] = []
     for client in assembly.fleet.client:
         room = assembly.boards[client.name].room
-        chosen = assembly.choose(client)
+        chosen: Cut | None = None
+        with suppress(FitError):  # said below, once the table is there to look at
+            chosen = assembly.choose(client)
         rows = []
         for cut, build in zip(assembly.cuts, assembly.builds(client), strict=True):
             forward, backward = build.graph.macs()
@@ -153,8 +157,7 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
         )
     if as_json:
         typer.echo(json.dumps(clients, indent=2))
-        return
-    for entry in clients:
+    for entry in clients if not as_json else []:
         table = Table(
             title=f"{entry['client']} on {entry['board']}, {entry['capacity']} samples at once",
             title_justify="left",
@@ -180,6 +183,8 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
                 style="bold" if row["chosen"] else "",
             )
         console.print(table)
+    for client in assembly.fleet.client:
+        assembly.member(client.name)  # raises what keeps the fleet from training
 
 
 @app.command()
@@ -250,9 +255,10 @@ def _train(console: Console, assembly: Assembly, run: Any, launched: list[Launch
     from splitee.errors import LinkError
     from splitee.runs import ClientSummary
     from splitee.train import ClientDone, ClientLost, RoundDone, evaluate, fit
+    from splitee_host.launch import torch_device
     from splitee_host.screen import Screen
 
-    strategy = assembly.strategy([entry.client for entry in launched])
+    strategy = assembly.strategy([entry.client for entry in launched], torch_device())
     samples = {m.name: len(m.images) for m in assembly.members}
     seconds = dict.fromkeys(samples, 0.0)
     trained = dict.fromkeys(samples, 0)

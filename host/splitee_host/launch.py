@@ -92,7 +92,7 @@ class Launcher:
         return launched
 
     def _local(self, member: Member, board: Board) -> Launched:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch_device()
         client = self._assembly.local(member, device)
         return Launched(client, member, board.tier, device, "memory", 0)
 
@@ -127,6 +127,11 @@ class Launcher:
             self._say(f"{member.name}: {missing}; running the same firmware as a process instead")
             return self._firmware(member, self._known["posix"])
         return self._device(member, board, running.link, firmware.flash_bytes)
+
+
+def torch_device() -> str:
+    """Where torch computes in this process: a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

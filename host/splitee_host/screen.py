@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -122,12 +121,12 @@ def _plain(event: ClientDone) -> str:
 
 def final_table(clients: Sequence[ClientSummary]) -> Table:
     """The table at the end of a run; a link is shown by its kind."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("client", "tier", "board", "link", "cut"):
         table.add_column(name, overflow="fold")
     for name in (
         "para-\nmeters", "arena\nbytes", "flash\nbytes", "bytes up\na sample", "ms a\nsample",
-        "exit\naccuracy", "server\naccuracy",
+        "exit\ntest", "server\ntest",
     ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for c in clients:

@@ -89,7 +89,12 @@ class Assembly:
 
     def _norm(self) -> str:
         norm = self.fleet.model.norm
-        firmware = any(b.firmware for b in self.boards.values())
+        firmware = [c for c in self.fleet.client if self.boards[c.name].firmware]
+        if norm == "batch" and firmware:
+            raise FleetError(
+                f'norm = "batch": client "{firmware[0].name}" runs firmware, which has group norm '
+                'only: take norm = "group" or "auto"'
+            )
         return norm if norm != "auto" else ("group" if firmware else "batch")
 
     def _segment(self, cut: Cut) -> Segment:

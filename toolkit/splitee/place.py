@@ -93,13 +93,16 @@ class Build:
         return room.code + self.weight_bytes + STEP_CODE * len(self.schedule.steps)
 
     def shortage(self, room: Room) -> str | None:
-        """What is missing, as 'RAM: needs 81 KB, has 64 KB'; None when the segment fits."""
+        """What is missing, as 'needs 81 KB of RAM, 17 KB more than …'; None when it fits."""
         for what, needed, there in (
             ("RAM", self.ram_bytes(room), room.ram),
             ("flash", self.flash_bytes(room), room.flash),
         ):
             if needed > there:
-                return f"needs {kib(needed)} of {what} and there are {kib(there)}"
+                return (
+                    f"needs {kib(needed)} of {what}, {kib(needed - there)} more than the "
+                    f"{kib(there)} there are"
+                )
         return None
 
 
