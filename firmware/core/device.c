@@ -223,14 +223,16 @@ static void on_forward(const uint8_t *body, size_t size) {
         refuse(ERROR_TOO_MANY_SAMPLES, segment.capacity);
         return;
     }
-    if (place.position == place.samples) {
+    const int ended = place.position == place.samples;
+    const uint32_t left = ended ? place.samples : (uint32_t)(place.samples - place.position);
+    if (m.count > left) {
+        refuse(ERROR_TOO_MANY_SAMPLES, left);
+        return;
+    }
+    if (ended) {
         place.position = 0;
         place.epoch++;
         order_draw(segment.order, place.samples, place.seed, place.epoch);
-    }
-    if (m.count > place.samples - place.position) {
-        refuse(ERROR_TOO_MANY_SAMPLES, (uint32_t)(place.samples - place.position));
-        return;
     }
     if (!load(place.position, m.count)) {
         return;

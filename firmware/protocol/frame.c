@@ -1,7 +1,8 @@
 // frame.c: COBS and CRC-32, byte by byte in both directions; frame.h is the manual.
-#include "protocol/frame.h"
-#include "core/port.h" // port_write, port_flush
-#include "protocol/bytes.h"
+#include "protocol/frame.h" // itself
+
+#include "core/port.h"      // port_write, port_flush
+#include "protocol/bytes.h" // little endian
 
 #define FULL 0xFFu // code of a full block: 254 bytes, and no zero byte behind them
 

@@ -224,6 +224,7 @@ def train(
     """Train a fleet; leaves metrics, checkpoint and summary in runs/<name>/."""
     import torch
 
+    from splitee.errors import LinkError
     from splitee.fleet import read
     from splitee.runs import Run
     from splitee_exporters.c import to_c
@@ -241,13 +242,16 @@ def train(
         launched = [launcher.launch(member) for member in assembly.members]
         run.begin(fleet_file.read_text(encoding="utf-8"))
         summaries = _train(console, assembly, run, launched)
-    run.finish(time.perf_counter() - began, fleet.rounds, summaries)
+    done = len({r["round"] for r in run.metrics() if r["event"] == "RoundDone"})
+    run.finish(time.perf_counter() - began, done, summaries)
     console.print(final_table(summaries))
     console.print(
-        f"{fleet.rounds} rounds in {time.perf_counter() - began:.0f} s; curves, metrics and "
+        f"{done} rounds in {time.perf_counter() - began:.0f} s; curves, metrics and "
         f"checkpoint in {run.folder}/",
         highlight=False,
     )
+    if all(summary.lost for summary in summaries):
+        raise LinkError("every client was lost; the table shows what was kept of each")
 
 
 def _train(console: Console, assembly: Assembly, run: Any, launched: list[Launched]) -> list[Any]:

@@ -6,6 +6,7 @@ answer comes; a device acts once on a number, so nothing is ever trained twice.
 
 from __future__ import annotations
 
+import secrets
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from splitee.client import Part, Place, Settings, State, Stepped, Traffic
 from splitee.data import Images
-from splitee.errors import DeviceRefused, Mismatch, Timeout
+from splitee.errors import DeviceRefused, LinkClosed, Mismatch, Timeout
 from splitee.ops import Array
 from splitee.place import Build
 from splitee_host.errors import refusal
@@ -49,11 +50,15 @@ class Device:
         build: Build,
         settings: Settings,
         *,
-        session: int = 1,
+        session: int | None = None,
         patience: float = 30.0,
         close: Callable[[], None] | None = None,
     ) -> None:
-        """patience: seconds without any answer after which the device is lost."""
+        """patience: seconds without any answer after which the device is lost.
+
+        session: 1..65535, drawn at random by default, so that a device that went on running takes
+        this host for a new one.
+        """
         self.name = name
         self.cut = list(build.graph.exits)[-1]
         self.capacity = build.capacity
@@ -61,7 +66,7 @@ class Device:
         self.build = build
         self.traffic = Traffic()
         self._settings = settings
-        self._session = session
+        self._session = session or 1 + secrets.randbelow(0xFFFF)
         self._sequence = 0
         self._patience = patience
         self._reader = FrameReader()
@@ -74,10 +79,24 @@ class Device:
         """Sends a request and returns its answer.
 
         Raises DeviceRefused when the device refuses, Timeout when it does not answer, LinkClosed
-        when it is gone.
+        when it is gone, Mismatch when its answer is none of ours.
         """
         self._sequence = (self._sequence + 1) & 0xFFFF
         frame = encode(Frame(message.CODE, self._session, self._sequence, message.pack()))
+        try:
+            answer = self._exchange(frame)
+        except LinkClosed as error:
+            raise LinkClosed(f'client "{self.name}": {error}') from error
+        if answer is None:
+            raise Timeout(
+                f'client "{self.name}": no answer to {type(message).__name__} within '
+                f"{self._patience:g} s on {self.link.name}: is the device powered, its firmware "
+                "running, and nothing else using the link?"
+            )
+        return self._checked(message, answer, expected)
+
+    def _exchange(self, frame: bytes) -> Frame | None:
+        """Sends a request until its answer comes; None when patience is at its end."""
         wait, longest = AGAIN.get(self.link.kind, AGAIN_OTHERWISE)
         deadline = time.monotonic() + self._patience
         while (now := time.monotonic()) < deadline:
@@ -85,15 +104,11 @@ class Device:
             self.traffic.down += len(frame)
             answer = self._answer(min(now + wait, deadline))
             if answer is not None:
-                return self._checked(message, answer, expected)
+                return answer
             wait = min(2 * wait, longest)
-        raise Timeout(
-            f'client "{self.name}": no answer to {type(message).__name__} within '
-            f"{self._patience:g} s on {self.link.name}: is the device powered, its firmware "
-            "running, and nothing else using the link?"
-        )
+        return None
 
-    def _answer(self, deadline: float) -> m.Message | None:
+    def _answer(self, deadline: float) -> Frame | None:
         """The answer to the last request, or None when it does not come by the deadline."""
         while (left := deadline - time.monotonic()) > 0:
             chunk = self.link.read(left)
@@ -101,17 +116,23 @@ class Device:
             for frame in self._reader.feed(chunk):
                 # anything else is the answer to an earlier request, sent twice
                 if (frame.session, frame.sequence) == (self._session, self._sequence):
-                    return m.unpack(frame.code, frame.body)
+                    return frame
         return None
 
-    def _checked(self, asked: m.Message, answer: m.Message, expected: type[Answer]) -> Answer:
-        if isinstance(answer, expected):
-            return answer
+    def _checked(self, asked: m.Message, frame: Frame, expected: type[Answer]) -> Answer:
         what = f'client "{self.name}" on {self.link.name}'
-        if isinstance(answer, m.Refused):
-            raise DeviceRefused(f"{what}: {refusal(asked, answer)}")
+        try:
+            answer = m.unpack(frame.code, frame.body)
+        except ValueError as error:  # of another schema: not even its Welcome need be ours
+            strange = str(error)
+        else:
+            if isinstance(answer, expected):
+                return answer
+            if isinstance(answer, m.Refused):
+                raise DeviceRefused(f"{what}: {refusal(asked, answer)}")
+            strange = type(answer).__name__
         raise Mismatch(
-            f"{what} answered {type(asked).__name__} with {type(answer).__name__}: "
+            f"{what} answered {type(asked).__name__} with something else ({strange}): "
             "its firmware is not ours; run `splitee build`"
         )
 
@@ -221,6 +242,8 @@ class Device:
         """Runs its next count samples forward and fetches their activations and labels."""
         before = self.traffic.up
         labels = self.request(m.Forward(count, batch), m.Forwarded).labels
+        if len(labels) != count or max(labels) >= self.build.graph.classes:
+            raise Mismatch(f'client "{self.name}" sent labels {list(labels)} for {count} samples')
         activations = self._tensor(m.Region.ACTIVATIONS, count, self.build.graph.cut)
         self.traffic.activations_up += self.traffic.up - before
         return Part(activations, torch.tensor(list(labels), dtype=torch.int64))

@@ -13,12 +13,14 @@ import torch
 
 from splitee.assemble import Assembly, Member
 from splitee.client import Client
-from splitee.errors import LinkError, MissingTool
+from splitee.errors import BuildError, FleetError, LinkError, MissingTool
 from splitee.place import Build
 from splitee_host import boards
 from splitee_host.boards import Board, Firmware
 from splitee_host.device import Device
 from splitee_host.link import Link, open_link
+
+SHARD_MAX = 0xFFFF  # samples: places in the data order are 16-bit numbers on the wire
 
 WriteSegment = Callable[[Build], str]  # the exporter of segment.c
 
@@ -43,11 +45,17 @@ def build_firmware(
     The folder is named by board and segment, so that the same segment is built once.
     """
     folder = root / f"{board.name}-{member_build.checksum:08x}"
-    folder.mkdir(parents=True, exist_ok=True)
     source = folder / "segment.c"
     text = write_segment(member_build)
-    if not source.exists() or source.read_text() != text:  # an untouched file is not recompiled
-        source.write_text(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not source.exists() or source.read_text() != text:  # what is the same is not recompiled
+            source.write_text(text)
+    except OSError as error:
+        raise BuildError(
+            f"{error.filename or source}: {error.strerror}: free some space, or build in a folder "
+            "that you may write to"
+        ) from error
     return boards.build(board, folder, folder)
 
 
@@ -98,6 +106,11 @@ class Launcher:
 
     def _device(self, member: Member, board: Board, link: Link, flash: int) -> Launched:
         fleet = self._assembly.fleet
+        if len(member.images) > SHARD_MAX:
+            raise FleetError(
+                f'client "{member.name}": its share is {len(member.images):,} samples and a device '
+                f"counts to {SHARD_MAX:,}: lower its share or add clients"
+            )
         device = Device(
             member.name, link, member.build, fleet.settings, patience=fleet.rejoin_within
         )

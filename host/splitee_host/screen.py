@@ -87,7 +87,7 @@ class Screen:
             case ClientLost():
                 line.lost = event.reason
                 self._console.print(
-                    Text(f"lost in round {event.round}: {event.reason}", style="red")
+                    Text(f"{event.client}: lost in round {event.round}: {event.reason}", "red")
                 )
 
     def _render(self) -> Group:

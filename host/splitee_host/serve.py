@@ -57,8 +57,8 @@ class _Server:
         self._shard = bytearray(build.samples_max * build.record_size)
         self._images = bytearray(build.capacity * graph.elements(graph.input))
         self._gradient = bytearray(4 * build.capacity * graph.elements(graph.cut))
-        self._activations = bytearray()
-        self._logits = bytearray()
+        self._activations = bytearray(len(self._gradient))
+        self._logits = bytearray(4 * build.capacity * graph.classes)
         self._floats: dict[int, bytearray] = {}  # weights, momentum, gradients as last asked for
         self._written: set[int] = set()  # those that the host changed since
         self._phase = 0  # 0 idle, 1 after Forward, 2 after Backward
@@ -120,7 +120,7 @@ class _Server:
             case m.Settings():
                 self._settings(request)
             case m.Data(offset, content):
-                self._store(self._shard, offset, content)
+                self._shard[_within(self._shard, offset, len(content))] = content
             case m.Place(samples, position, seed, epoch, steps):
                 self._on_place(Place(samples, seed, epoch, position, steps))
             case m.Forward(count, batch):
@@ -172,10 +172,11 @@ class _Server:
         if count > left:
             raise _Refusal(m.Error.TOO_MANY_SAMPLES, left)
         labels = self._client.upcoming(count).y
-        if labels.max() >= self._build.graph.classes:
-            raise _Refusal(m.Error.BAD_LABEL, int(labels.max()))
+        bad = labels[labels >= self._build.graph.classes]
+        if bad.size:
+            raise _Refusal(m.Error.BAD_LABEL, int(bad[0]))
         part = self._client.forward(count, batch)
-        self._activations = _bytes(part.activations)
+        _put(self._activations, part.activations)
         self._part = part
         self._phase = 1
         return m.Forwarded(bytes(labels.tolist()))
@@ -188,7 +189,8 @@ class _Server:
         shape = (self._build.capacity, *self._build.graph.input_shape)
         images = np.frombuffer(bytes(self._images), np.uint8).reshape(shape)[:count]
         activations, logits = self._client.infer(images)
-        self._activations, self._logits = _bytes(activations), _bytes(logits)
+        _put(self._activations, activations)
+        _put(self._logits, logits)
 
     def _backward(self) -> None:
         if self._phase != 1 or self._part is None:
@@ -247,30 +249,30 @@ class _Server:
             return bytearray(graph.flatten(client.state().weights).tobytes())
         if region == m.Region.GRADIENTS:
             return bytearray(graph.flatten_parameters(client.gradients()).tobytes())
+        if not self._build.momentum:
+            return bytearray()
         momentum = client.state().momentum
-        return bytearray(graph.flatten_parameters(momentum).tobytes() if momentum else b"")
+        if not momentum:  # a setting of 0 makes no use of it
+            return bytearray(4 * graph.parameter_size)
+        return bytearray(graph.flatten_parameters(momentum).tobytes())
 
     def _read(self, region: int, offset: int, length: int) -> bytes:
-        content = self._region(region)
         if length > SEND_MAX:
             raise _Refusal(m.Error.OUT_OF_RANGE, SEND_MAX)
-        if offset + length > len(content):
-            raise _Refusal(m.Error.OUT_OF_RANGE, len(content))
-        return bytes(content[offset : offset + length])
+        content = self._region(region)
+        return bytes(content[_within(content, offset, length)])
 
     def _write(self, region: int, offset: int, content: bytes) -> None:
         buffer = self._region(region)
-        if region in (m.Region.ACTIVATIONS, m.Region.LOGITS, m.Region.GRADIENTS):
+        place = _within(buffer, offset, len(content))
+        read_only = {m.Region.ACTIVATIONS, m.Region.LOGITS, m.Region.GRADIENTS}
+        if self._phase == 1:  # the firmware holds the part there
+            read_only.add(m.Region.INPUT)
+        if region in read_only:
             raise _Refusal(m.Error.READ_ONLY, region)
-        self._store(buffer, offset, content)
+        buffer[place] = content
         if region in (m.Region.WEIGHTS, m.Region.MOMENTUM):
             self._written.add(region)
-
-    @staticmethod
-    def _store(buffer: bytearray, offset: int, content: bytes) -> None:
-        if offset + len(content) > len(buffer):
-            raise _Refusal(m.Error.OUT_OF_RANGE, len(buffer))
-        buffer[offset : offset + len(content)] = content
 
     def _counters(self) -> m.Counters:
         p = self._client.place
@@ -281,5 +283,12 @@ class _Server:
         )  # fmt: skip
 
 
-def _bytes(tensor: Tensor) -> bytearray:
-    return bytearray(tensor.detach().cpu().numpy().astype("<f4").tobytes())
+def _put(buffer: bytearray, tensor: Tensor) -> None:
+    values = tensor.detach().cpu().numpy().astype("<f4").tobytes()
+    buffer[: len(values)] = values
+
+
+def _within(buffer: bytearray, offset: int, length: int) -> slice:
+    if offset + length > len(buffer):
+        raise _Refusal(m.Error.OUT_OF_RANGE, len(buffer))
+    return slice(offset, offset + length)

@@ -314,22 +314,46 @@ def test_what_was_sent_before_the_end_is_still_read() -> None:
                     link.read(FOREVER)
 
 
-def test_a_write_that_nobody_takes_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STALL", 0.01)
-    with (
-        raw_pty() as (_, device),
-        open_link(device) as link,
-        pytest.raises(Timeout, match=r"took nothing for 0.01 s: is the device stuck\?"),
-    ):
-        link.write(bytes(1 << 20))
-
-
-def test_closing_in_another_thread_ends_a_write_that_waits() -> None:
+@contextmanager
+def stuck_pty() -> Iterator[Link]:
     with raw_pty() as (_, device), open_link(device) as link:
-        writing = Attempt(lambda: link.write(bytes(1 << 20)))
-        writing.until_it_waits()
-        link.close()
-        assert "was closed on this side" in str(writing.ended_with())
+        yield link
+
+
+@contextmanager
+def stuck_tcp() -> Iterator[Link]:
+    with serve_tcp() as listener, open_link(listener.url) as link, listener.accept(FOREVER):
+        yield link
+
+
+@contextmanager
+def stuck_process() -> Iterator[Link]:
+    with ProcessLink(["sleep", "600"]) as link:
+        yield link
+
+
+@pytest.fixture(params=[stuck_pty, stuck_tcp, stuck_process], ids=["serial", "tcp", "process"])
+def stuck(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
+    """A link to a device that takes nothing."""
+    monkeypatch.setattr(module, "_LEAVE", 0.01)
+    with request.param() as link:
+        yield link
+
+
+MORE_THAN_FITS = bytes(1 << 26)
+
+
+def test_a_write_that_nobody_takes_gives_up(stuck: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STALL", 0.01)
+    with pytest.raises(Timeout, match=r"took nothing for 0.01 s: is the device stuck\?"):
+        stuck.write(MORE_THAN_FITS)
+
+
+def test_closing_in_another_thread_ends_a_write_that_waits(stuck: Link) -> None:
+    writing = Attempt(lambda: stuck.write(MORE_THAN_FITS))
+    writing.until_it_waits()
+    stuck.close()
+    assert "was closed on this side" in str(writing.ended_with())
 
 
 def test_a_serial_port_is_opened_at_the_speed_asked_for() -> None:

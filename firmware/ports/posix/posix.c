@@ -128,9 +128,9 @@ static void receive_datagram(void) {
         }
     } while (wait[0].revents == 0);
     socklen_t peer_size = sizeof peer;
-    const ssize_t count =
-        recvfrom(udp, incoming, sizeof incoming, 0, (struct sockaddr *)&peer, &peer_size);
-    // An error here is an ICMP message about an answer whose receiver is gone: as good as no byte.
+    const ssize_t count = recvfrom(udp, incoming, sizeof incoming, MSG_DONTWAIT,
+                                   (struct sockaddr *)&peer, &peer_size);
+    // There may be nothing after all: the system drops a datagram with a wrong checksum only now.
     incoming_start = 0;
     incoming_end = count < 0 ? 0 : (size_t)count;
 }

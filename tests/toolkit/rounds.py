@@ -1,0 +1,138 @@
+"""Three clients with different cuts and shards, for tests of the strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from splitee.client import Client, LocalClient, Part, Settings, State, Stepped
+from splitee.data import Images
+from splitee.errors import Timeout
+from splitee.ops import Array
+from splitee.strategies import Averaging, Sequential
+from splitee.train import ClientDone, Event, RoundDone
+from toolkit.networks import arrays, local_client, random_images, resnet, server_for
+
+SETTINGS = Settings(0.05, 0.9, 0.0, 0.5, 0.5)
+CUTS = {"a": "stem", "b": "layer2", "c": "layer1"}
+SAMPLES = {"a": 8, "b": 20, "c": 12}
+BATCH = 4
+REASON = "no answer within 2 s: is it powered?"
+
+
+def clients(names: str = "abc", *, upto: bool = True) -> list[LocalClient]:
+    """Clients with different cuts and shards, from the same weights."""
+    return [
+        local_client(
+            resnet(), CUTS[n], SETTINGS, random_images(SAMPLES[n], seed=ord(n)),
+            capacity=BATCH, upto=upto, name=n, seed=ord(n),
+        )
+        for n in names
+    ]  # fmt: skip
+
+
+def averaging(members: Sequence[Client], *, aggregate: str = "all", period: int = 1) -> Averaging:
+    """Averaging over clients; each has a replica from the same weights."""
+    servers = {c.name: server_for(resnet(), [c.cut], SETTINGS) for c in members}
+    return Averaging(members, servers, SAMPLES, batch=BATCH, aggregate=aggregate, period=period)
+
+
+def sequential(members: Sequence[Client], *, aggregate: str = "all", period: int = 1) -> Sequential:
+    """Sequential over clients at one server."""
+    server = server_for(resnet(), [CUTS[c.name] for c in members], SETTINGS)
+    return Sequential(members, server, SAMPLES, batch=BATCH, aggregate=aggregate, period=period)
+
+
+def ends(events: Sequence[Event]) -> dict[str, ClientDone]:
+    """How each client's pass ended, before any aggregation."""
+    return {e.client: e for e in events if isinstance(e, ClientDone)}
+
+
+def everything(strategy: Averaging | Sequential, states: Mapping[str, State]) -> dict[str, Array]:
+    """All weights and momenta of clients and servers, by owner and name."""
+    found: dict[str, Array] = {}
+    for name, state in states.items():
+        found |= {f"{name}/{k}": a for k, a in state.weights.items()}
+        found |= {f"{name}/momentum/{k}": a for k, a in state.momentum.items()}
+    for name, server in strategy.servers().items():
+        found |= {f"{name}/{k}": a for k, a in arrays(server.tensors()).items()}
+        found |= {f"{name}/momentum/{k}": a for k, a in arrays(server.momentum()).items()}
+    return found
+
+
+def last_states(events: Sequence[Event]) -> dict[str, State]:
+    """What each client holds at the end."""
+    return [e for e in events if isinstance(e, RoundDone)][-1].states
+
+
+class Wrapped:
+    """A client that does something before it answers; all else is the client's."""
+
+    def __init__(self, client: LocalClient, before: Callable[[str], None]) -> None:
+        self._client = client
+        self._before = before
+        self.name, self.cut, self.capacity = client.name, client.cut, client.capacity
+        self.settings, self.traffic = client.settings, client.traffic
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        self._before(method)
+        return getattr(self._client, method)(*arguments)
+
+    def start(self, state: State, images: Images) -> None:
+        """Makes it this client."""
+        self._call("start", state, images)
+
+    def forward(self, count: int, batch: int) -> Part:
+        """Its next samples."""
+        return self._call("forward", count, batch)  # type: ignore[no-any-return]
+
+    def backward(self, gradient: Tensor | None) -> None:
+        """Its backward pass."""
+        self._call("backward", gradient)
+
+    def step(self) -> Stepped:
+        """Its step."""
+        return self._call("step")  # type: ignore[no-any-return]
+
+    def infer(self, images: Array) -> tuple[Tensor, Tensor]:
+        """Its answers."""
+        return self._call("infer", images)  # type: ignore[no-any-return]
+
+    def state(self) -> State:
+        """Its state."""
+        return self._call("state")  # type: ignore[no-any-return]
+
+    def load_weights(self, weights: Mapping[str, Array]) -> None:
+        """Its new weights."""
+        self._call("load_weights", weights)
+
+    def close(self) -> None:
+        """Its end."""
+        self._call("close")
+
+
+class Failing:
+    """Raises Timeout at one call of a method."""
+
+    def __init__(self, method: str, call: int) -> None:
+        self._method = method
+        self._left = call
+
+    def __call__(self, method: str) -> None:
+        if method == self._method:
+            self._left -= 1
+            if self._left == 0:
+                raise Timeout(REASON)
+
+
+def mean_by_hand(owners: Mapping[str, Sequence[tuple[Array, int]]]) -> dict[str, Array]:
+    """Every layer's weighted mean, in float64."""
+    return {
+        name: np.average(
+            [array.astype(np.float64) for array, _ in copies], 0, [n for _, n in copies]
+        )
+        for name, copies in owners.items()
+    }
