@@ -14,7 +14,6 @@ import re
 import select
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from splitee.errors import BuildError, FitError, LinkClosed, MissingTool, SpliteeError, Timeout
-from splitee_host.link import Link, TcpLink, UdpLink
+from splitee_host.link import Link, UdpLink, _DescriptorLink
 
 if TYPE_CHECKING:
     from splitee import assemble
@@ -314,8 +313,9 @@ class Running:
                 # A group of its own: Ctrl-C is for us, and we end our boards in order.
                 self.process = subprocess.Popen(
                     command,
-                    stdin=subprocess.PIPE if ends_with_stdin else subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if ends_with_stdin else self._said,
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
                     stderr=self._said,
                     process_group=0,
                 )
@@ -323,9 +323,9 @@ class Running:
                 raise SpliteeError(
                     f"{name}: cannot start {command[0]}: {error.strerror}: build it again"
                 ) from error
-            undo.callback(_end, self.process)
-            if not ends_with_stdin:
-                undo.enter_context(_watcher(self.process.pid))
+            undo.callback(_end, self.process, _LEAVE if ends_with_stdin else 0)
+            self._watcher = None if ends_with_stdin else _watch(self.process.pid)
+            undo.callback(self._dismiss_watcher)
             self.link: Link = _ProcessLink(self._connected(connect), self)
             undo.callback(self.link.close)
             self._ends = undo.pop_all()
@@ -347,12 +347,23 @@ class Running:
             status = self.process.wait(wait)
         except subprocess.TimeoutExpired:
             return None
+        self._dismiss_watcher()
         how = f"status {status}" if status >= 0 else signal.Signals(-status).name
-        self._said.seek(0)
-        lines = self._said.read().decode(errors="replace").splitlines()
+        lines: list[str] = []
+        with contextlib.suppress(ValueError):  # closed meanwhile
+            self._said.seek(0)
+            lines = self._said.read().decode(errors="replace").splitlines()
         words = [line.strip("=\0") for line in lines if line.strip("=\0 ")]
         # The cause comes first; registers and stacks follow.
         return f"{self.name} ended with {how}" + "".join(f"\n  {line}" for line in words[:3])
+
+    def _dismiss_watcher(self) -> None:
+        """Before the process's number can become another's."""
+        if self._watcher is not None:
+            assert self._watcher.stdin is not None
+            self._watcher.kill()
+            self._watcher.wait()
+            self._watcher.stdin.close()
 
     def close(self) -> None:
         """Closes the link and ends the process; a second time does nothing."""
@@ -384,31 +395,48 @@ def start(board: Board, firmware: Firmware, options: Sequence[str] = ()) -> Runn
 
 
 def _start_qemu(board: Board, qemu: Qemu, firmware: Firmware, options: Sequence[str]) -> Running:
-    """The board's serial line is a TCP connection that QEMU makes to us.
+    """The board's serial line is QEMU's standard input and output.
 
-    Of what QEMU offers (all measured) this is fast in both directions, and nothing is lost: a
-    pseudo-terminal looks for somebody at its other end once a second, and drops what is sent
-    until then. mux=on hands the UART 32 bytes at a time instead of one; -echr turns off the
-    escape character that comes with it.
+    Of all that QEMU offers pipes are the fastest, three times as fast upwards as a socket or a
+    pseudo-terminal, and lose nothing: a pseudo-terminal looks for somebody at its other end once
+    a second, and drops what is sent until then. mux=on hands the UART 32 bytes at a time instead
+    of one, three times as fast downwards; -echr turns off the escape character that comes with it.
     """
     _require("qemu-system-arm")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(_SLICE)
-        port = server.getsockname()[1]
-        command = [
-            *("qemu-system-arm", *options, "-machine", qemu.machine, "-kernel", str(firmware.elf)),
-            *("-display", "none", "-monitor", "none"),
-            *("-chardev", f"socket,id=link,host=127.0.0.1,port={port},nodelay=on,mux=on"),
-            *("-serial", "chardev:link", "-echr", "0x1ff"),
-        ]
+    command = [
+        *("qemu-system-arm", *options, "-machine", qemu.machine, "-kernel", str(firmware.elf)),
+        *("-display", "none", "-monitor", "none", "-chardev", "stdio,id=link,mux=on,signal=off"),
+        *("-serial", "chardev:link", "-echr", "0x1ff"),
+    ]
+    return Running(
+        board.name, command, lambda p: _PipeLink(p, f"serial:{board.name}"), ends_with_stdin=False
+    )
 
-        def accept(_: subprocess.Popen[bytes]) -> Link | None:
-            with contextlib.suppress(TimeoutError):
-                connection, _address = server.accept()
-                return TcpLink(connection, f"serial:{board.name}", kind="serial")
-            return None
 
-        return Running(board.name, command, accept, ends_with_stdin=False)
+class _PipeLink(_DescriptorLink):
+    """The standard input and output of a process, as a serial line."""
+
+    def __init__(self, process: subprocess.Popen[bytes], name: str) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._pipes = (process.stdin, process.stdout)
+        for pipe in self._pipes:
+            os.set_blocking(pipe.fileno(), False)
+        super().__init__("serial", name, process.stdout.fileno(), process.stdin.fileno())
+
+    def _receive(self) -> bytes:
+        return os.read(self._source, 1 << 16)
+
+    def _send(self, data: memoryview) -> int:
+        return os.write(self._sink, data)
+
+    def _release(self) -> None:
+        super()._release()
+        for pipe in self._pipes:
+            pipe.close()
+
+    def _gone(self) -> str:
+        return f"{self.name} closed its end of the line"
 
 
 def _printed_link(process: subprocess.Popen[bytes]) -> Link | None:
@@ -420,27 +448,22 @@ def _printed_link(process: subprocess.Popen[bytes]) -> Link | None:
     return UdpLink(found[1].decode(), int(found[2])) if found else None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process: at the end of its input, or at once where that means nothing to it."""
-    if process.stdin is not None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.stdin.close()
-            process.wait(_LEAVE)
+def _end(process: subprocess.Popen[bytes], patience: float) -> None:
+    """Ends a process: by the end of its input, and after patience seconds without asking."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
     process.kill()
     process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+    process.stdout.close()
 
 
-@contextlib.contextmanager
-def _watcher(pid: int) -> Iterator[None]:
+def _watch(pid: int) -> subprocess.Popen[bytes]:
     """A shell that kills a process when we end, however we end: its input ends with us then."""
     command = ["/bin/sh", "-c", 'read -r line; kill -9 "$1"', "sh", str(pid)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0) as watcher:
-        try:
-            yield
-        finally:
-            watcher.kill()  # from here on the number may become another process's
+    return subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
 
 
 class _ProcessLink:

@@ -393,11 +393,24 @@ def client(
         raise FleetError(f'{fleet_file}: no client "{name}": there are {", ".join(names)}')
     assembly = _assembly(fleet)
     member = assembly.member(name)
-    host, _, port = listen.removeprefix("tcp://").rpartition(":")
-    with serve_tcp(host, int(port)) as listener, suppress(BrokenPipeError):
+    host, port = _address(listen)
+    with serve_tcp(host, port) as listener, suppress(BrokenPipeError):
         typer.echo(listener.url)
         with listener.accept() as link:
             serve(link, assembly.local(member), member.build)
+
+
+def _address(url: str) -> tuple[str, int]:
+    """Host and port of a tcp:// URL to listen on."""
+    from urllib.parse import urlsplit
+
+    from splitee.errors import LinkError
+
+    with suppress(ValueError):  # a port that is none
+        parts = urlsplit(url)
+        if parts.scheme == "tcp" and parts.hostname and parts.port is not None and not parts.path:
+            return parts.hostname, parts.port
+    raise LinkError(f"cannot listen on {url!r}: take the form tcp://host:port")
 
 
 if __name__ == "__main__":

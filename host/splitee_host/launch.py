@@ -100,6 +100,11 @@ class Launcher:
         return launched
 
     def _local(self, member: Member, board: Board) -> Launched:
+        if member.table.link is not None:
+            raise FleetError(
+                f'client "{member.name}": board "torch" takes no link, it is this process: leave '
+                'link out, or take board = "python"'
+            )
         device = torch_device()
         client = self._assembly.local(member, device)
         return Launched(client, member, board.tier, device, "memory", 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from qmp_harness import Control
 from splitee.errors import BuildError, LinkClosed
 from splitee_host.boards import Board, Firmware, Qemu, build, load_boards, start
 from splitee_host.link import Link
@@ -238,19 +238,11 @@ def test_mps2_loses_nothing_while_it_does_something_else(program: BuildProgram) 
 
 
 def test_mps2_gets_what_was_sent_before_it_ran(program: BuildProgram, tmp_path: Path) -> None:
-    control = tmp_path / "qmp"
-    options = ["-S", "-qmp", f"unix:{control},server=on,wait=off"]
-    with start(M4, program(M4, "echo.c"), options) as running:
+    firmware = program(M4, "echo.c")
+    with Control(tmp_path) as control, start(M4, firmware, ["-S", *control.options]) as running:
         running.link.write(b"are you there?")
-        with socket.socket(socket.AF_UNIX) as qmp:
-            qmp.settimeout(ANSWER)
-            qmp.connect(str(control))
-            with qmp.makefile("rw") as lines:
-                # the queries give QEMU the time to take the bytes
-                for command in ("qmp_capabilities", *["query-status"] * 10, "cont"):
-                    print(json.dumps({"execute": command}), file=lines, flush=True)
-                    while "return" not in json.loads(lines.readline()):
-                        pass
+        # the queries give QEMU the time to take the bytes
+        control.execute(*[("query-status", {})] * 10, ("cont", {}))
         assert receive(running.link, 14) == b"are you there?"
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import select
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from qmp_harness import Control
 from splitee.errors import BuildError, FitError, LinkClosed, MissingTool, SpliteeError
 from splitee_exporters.c import to_c
 from splitee_host import boards
@@ -329,8 +328,8 @@ def test_training_leaves_a_quarter_of_the_stack_untouched(
     need_for(M4)
     trained = case("resnet8")
     firmware = build(M4, folder := segment(to_c(trained.build)), folder)
-    control, dump = tmp_path / "qmp", tmp_path / "stack"
-    with start(M4, firmware, ["-qmp", f"unix:{control},server=on,wait=off"]) as running:
+    dump = tmp_path / "stack"
+    with Control(tmp_path) as control, start(M4, firmware, control.options) as running:
         device = Device("board", running.link, trained.build, SETTINGS)
         device.start(trained.state, trained.images)
         count = trained.build.capacity
@@ -338,16 +337,8 @@ def test_training_leaves_a_quarter_of_the_stack_untouched(
         device.backward(activations)
         device.step()
         device.infer(trained.images.x[:count])
-        with socket.socket(socket.AF_UNIX) as qmp:
-            qmp.settimeout(ANSWER)
-            qmp.connect(str(control))
-            with qmp.makefile("rw") as lines:
-                memory = {"val": 0x20000000, "size": M4.stack_bytes, "filename": str(dump)}
-                for command, arguments in (("qmp_capabilities", {}), ("pmemsave", memory)):
-                    request = {"execute": command, "arguments": arguments}
-                    print(json.dumps(request), file=lines, flush=True)
-                    while "return" not in json.loads(lines.readline()):
-                        pass
+        memory = {"val": 0x20000000, "size": M4.stack_bytes, "filename": str(dump)}
+        control.execute(("pmemsave", memory))
     stack = dump.read_bytes()  # QEMU starts with zeros, and the stack grows down
     unused = len(stack) - len(stack.lstrip(b"\0"))
     assert unused < len(stack), "nothing was used: is this the stack?"
@@ -403,8 +394,11 @@ def test_a_link_tells_how_its_process_ended(board: Board, echo: Firmware, use: s
 def test_a_link_tells_what_its_process_said(board: Board, echo: Firmware) -> None:
     options = ["--nonsense"] if board.port == "posix" else ["-nonsense"]
     words = "status 2\n  usage: device " if board.port == "posix" else "status 1\n  .*nonsense"
-    with pytest.raises(LinkClosed, match=f"^{board.name} ended with {words}"):
-        start(board, echo, options)
+    with (
+        pytest.raises(LinkClosed, match=f"^{board.name} ended with {words}"),
+        start(board, echo, options) as running,
+    ):
+        running.link.read(ANSWER)
 
 
 def test_a_fault_that_a_sanitizer_finds_is_told(segment: WriteSegment) -> None:
@@ -430,7 +424,10 @@ def test_a_board_that_cannot_run_here_is_told(tmp_path: Path) -> None:
         start(real, Firmware(tmp_path / "device.elf", 0, 0, {}))
 
 
-def test_a_host_that_is_killed_leaves_nothing_behind(board: Board, echo: Firmware) -> None:
+@pytest.mark.parametrize("how", ["killed", "ended by an error"])
+def test_a_host_that_does_not_close_its_board_leaves_nothing_behind(
+    board: Board, echo: Firmware, how: str
+) -> None:
     code = f"""
 from pathlib import Path
 from splitee_host.boards import *
@@ -442,11 +439,16 @@ input()
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": PATHS},
     ) as host:
         assert host.stdout is not None
+        assert host.stdin is not None
         pid = int(host.stdout.readline())
-        host.kill()
+        if how == "killed":
+            host.kill()
+        else:
+            host.stdin.close()  # there input() raises EOFError
         assert ended(pid)
 
 

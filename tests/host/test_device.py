@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import socket
 import zlib
 from collections.abc import Callable
@@ -31,6 +32,12 @@ SMALL = case("pools")  # few weights: few requests
 BUILD = CASE.build
 PLAIN = case("pools", momentum=False)
 RECORD = BUILD.record_size
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames are counted here: none is repeated only because this machine is busy."""
+    monkeypatch.setattr(device_module, "AGAIN", {"udp": (10.0, 10.0)})
 
 
 def learnt_state(the_case: Case, place: Place) -> State:
@@ -166,17 +173,18 @@ def test_a_shard_that_the_device_holds_is_not_sent_again(kind: str, folder: Path
     other = Images(CASE.images.x, (CASE.images.y + 1) % 10)
     fewer = CASE.images[slice(0, 23)]
     with end(kind, CASE, folder) as link:
-        sent = []
+        sent, down = [], []
         for session, images in enumerate((CASE.images, CASE.images, other, other, fewer), 1):
-            device = host(link, CASE, session=session)
+            recorder = Recorder(link)
+            device = host(recorder, CASE, session=session)
             device.start(replace(CASE.state, place=Place(len(images), seed=5)), images)
-            sent.append(device.traffic.down)
+            down.append(device.traffic.down)
+            frames = map(frame_of, recorder.sent)
+            pieces = [m.unpack(f.code, f.body) for f in frames if f.code == m.Data.CODE]
+            sent.append(b"".join(p.records for p in pieces if isinstance(p, m.Data)))
             assert device.read(m.Region.SHARD, 0, len(images) * RECORD) == records(images)
-    first, again, changed, changed_again, shorter = sent
-    shard = range(24 * RECORD, 24 * RECORD + 100)  # and the frames around it
-    assert first - again in shard
-    assert changed - changed_again in shard
-    assert shorter - again in range(23 * RECORD, 23 * RECORD + 100)
+    assert sent == [records(CASE.images), b"", records(other), b"", records(fewer)]
+    assert down[0] - down[1] in range(24 * RECORD, 24 * RECORD + 100)  # and the frames around it
 
 
 # ---- once and only once ----
@@ -250,6 +258,21 @@ def test_a_new_session_takes_a_running_device_over(kind: str, folder: Path) -> N
         second.start(CASE.state, CASE.images)
         assert len(train(second, 1)) == 1
         assert second.counters().steps == 1
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_every_host_draws_a_session_of_its_own(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = iter((0, 0xFFFE))
+    monkeypatch.setattr(secrets, "randbelow", lambda below: next(drawn))
+    with end(kind, CASE, folder) as link:
+        used = []
+        for _ in range(2):
+            recorder = Recorder(link)
+            Device("it", recorder, BUILD, SETTINGS, patience=20.0).hello()
+            used.append(frame_of(recorder.sent[0]).session)
+    assert used == [1, 0xFFFF]
 
 
 @pytest.mark.parametrize("trouble", ["lost", "doubled", "delayed"])
@@ -609,13 +632,21 @@ STRANGE_ANSWERS = {
 def test_is_a_mismatch(title: str) -> None:
     code, body, words = STRANGE_ANSWERS[title]
     near, far = memory_pair()
-    far.write(encode(Frame(code, 1, 1, body)))
+    far.write(encode(Frame(code, 1, 1, body)))  # an answer to the first request
     with near, far, pytest.raises(Mismatch) as mismatch:
         host(near, CASE).hello()
     said = str(mismatch.value)
     assert said.startswith('client "it" on memory:near answered Hello with ')
     assert words in said
     assert "`splitee build`" in said
+
+
+@pytest.mark.parametrize("labels", [b"", bytes([3]), bytes([3, 1, 4]), bytes([3, 10])])
+def test_labels_that_cannot_be_are_a_mismatch(labels: bytes) -> None:
+    near, far = memory_pair()
+    far.write(encode(Frame(m.Forwarded.CODE, 1, 1, labels)))
+    with near, far, pytest.raises(Mismatch, match=r'^client "it" sent labels .* for 2 samples$'):
+        host(near, CASE).forward(2, 8)
 
 
 # ---- devices that are not there ----
@@ -634,11 +665,11 @@ def test_an_absent_device_is_a_timeout(kind: str) -> None:
         assert "is the device powered" in said
 
 
-def test_a_request_is_sent_again_while_there_is_patience() -> None:
+def test_a_request_is_sent_again_while_there_is_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     near, far = memory_pair()
     recorder = Recorder(near)
-    recorder.kind = "udp"
-    device = Device("it", recorder, BUILD, SETTINGS, session=1, patience=0.5)
+    device = Device("it", recorder, BUILD, SETTINGS, session=1, patience=0.3)
+    monkeypatch.setattr(device_module, "AGAIN", {"memory": (0.05, 0.05)})
     with near, far, pytest.raises(Timeout):
         device.hello()
     assert len(recorder.sent) > 1

@@ -206,3 +206,13 @@ def test_one_client_is_its_own_mean() -> None:
         events: Iterator[Event] = fit(strategy, 2)
         results.append(everything(strategy, last_states(list(events))))
     assert unequal(*results) == []
+
+
+def test_weights_of_a_checkpoint_come_back_into_the_replicas() -> None:
+    trained, fresh = averaging(clients(), period=NEVER), averaging(clients())
+    list(trained.round(1))
+    kept = {name: arrays(server.tensors()) for name, server in trained.servers().items()}
+    assert list(kept) == ["server.a", "server.b", "server.c"]
+    fresh.load(kept)
+    for name, server in fresh.servers().items():
+        assert unequal(arrays(server.tensors()), kept[name]) == []

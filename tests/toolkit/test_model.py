@@ -180,6 +180,12 @@ def test_cutting_leaves_the_network_in_the_mode_it_was_in() -> None:
         assert torch.equal(model.stem[1].running_mean, before)
 
 
+def test_layers_that_work_in_place_are_made_to_keep_their_input() -> None:
+    model = MobileNet()
+    Network(model, SHAPE)
+    assert not any(m.inplace for m in model.modules() if isinstance(m, nn.ReLU))
+
+
 def test_an_unknown_network_or_norm_lists_those_there_are() -> None:
     with pytest.raises(ModelError, match=r'"resnet9" is unknown: .* resnet8, resnet18, resnet20$'):
         zoo.build("resnet9")

@@ -1,31 +1,20 @@
-"""A run's folder: a checkpoint is whole or is the one before; metrics and summary."""
+"""A run's folder: a checkpoint is whole, or it is the one before."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import image
 from safetensors.numpy import save_file
 
 from splitee.client import Place, State
 from splitee.errors import CheckpointError
-from splitee.runs import ClientSummary, Run
-from splitee.train import BatchDone, ClientDone, ClientLost, RoundDone, train_batch
+from splitee.runs import Run
+from splitee.train import RoundDone, train_batch
 from toolkit.networks import arrays, local_client, random_images, resnet, server_for, unequal
 from toolkit.rounds import SETTINGS
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    run = Run(tmp_path / "runs" / "one")
-    run.begin('name = "one"\n')
-    return run
-
 
 SMALL = State(
     {"layer.0.weight": np.array([[1 / 3, -0.0], [1e-42, np.nan]], np.float32)},
@@ -37,7 +26,7 @@ SMALL = State(
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_a_checkpoint_gives_back_every_bit(run: Run, norm: str) -> None:
     model = resnet(norm=norm)
-    client = local_client(model, "layer1", SETTINGS, random_images(8), capacity=4, name="a/b")
+    client = local_client(model, "layer1", SETTINGS, random_images(8), capacity=4)
     server = server_for(model, ["layer1"], SETTINGS)
     train_batch(client, server, 4)
     states = {"a": client.state(), "b": SMALL}
@@ -157,7 +146,8 @@ def test_says_where_no_checkpoint_is(tmp_path: Path) -> None:
 
 def test_a_run_begins_in_place_of_the_one_before(run: Run) -> None:
     run.save(1, {"a": SMALL}, {})
-    run.log(ClientLost("a", 1, "gone"))
+    run.log(RoundDone(1, {"a": SMALL}))
+    assert run.metrics()
     run.begin('name = "again"\n')
     assert [p.name for p in run.folder.iterdir()] == ["fleet.toml"]
     assert run.fleet_file.read_text(encoding="utf-8") == 'name = "again"\n'
@@ -168,66 +158,3 @@ def test_says_where_a_run_cannot_be_written(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(CheckpointError, match=r"Not a directory: free some space or choose"):
         Run(file / "run").begin("")
-
-
-def done(client: str, number: int, loss: float) -> ClientDone:
-    """A client's pass."""
-    return ClientDone(client, number, 40, loss, 0.5, loss / 2, 1.25, 4000, 80, SMALL)
-
-
-def test_metrics_are_an_object_a_line_and_leave_states_out(run: Run) -> None:
-    run.log(BatchDone("a", 4, 1.0, 2, 1.0))  # too many: curves are drawn by rounds
-    run.log(done("a", 1, 2.0))
-    run.log(ClientLost("b", 1, "no answer"))
-    run.log(RoundDone(1, {"b": SMALL, "a": SMALL}))
-    lines = [json.loads(line) for line in run.metrics_file.read_text(encoding="utf-8").splitlines()]
-    assert lines == run.metrics()
-    assert all(line.pop("at_seconds") >= 0 for line in lines)
-    assert lines == [
-        {"event": "ClientDone", "client": "a", "round": 1, "samples": 40, "exit_loss": 2.0,
-         "exit_accuracy": 0.5, "server_loss": 1.0, "seconds": 1.25, "bytes_up": 4000,
-         "bytes_down": 80},
-        {"event": "ClientLost", "client": "b", "round": 1, "reason": "no answer"},
-        {"event": "RoundDone", "round": 1, "clients": ["a", "b"]},
-    ]  # fmt: skip
-
-
-def summary(name: str, lost: str | None = None) -> ClientSummary:
-    """A client's line."""
-    return ClientSummary(name, "microcontroller", "qemu-m4", "serial", "stem", 694, 8192, 30_000,
-                         1025.5, 2.5, 0.75, 0.875, lost)  # fmt: skip
-
-
-def test_the_summary_has_a_row_for_each_client_with_the_fields_of_its_class(run: Run) -> None:
-    run.log(done("a", 1, 2.0))
-    run.finish(12.5, 3, [summary("a"), summary("b", lost="no answer")])
-    written = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
-    assert list(written) == ["wall_s", "rounds", "clients"]
-    assert (written["wall_s"], written["rounds"]) == (12.5, 3)
-    names = [f.name for f in fields(ClientSummary)]
-    assert [list(row) for row in written["clients"]] == [names[:-1], names]
-    assert written["clients"][1] == {
-        "name": "b", "tier": "microcontroller", "board": "qemu-m4", "link": "serial",
-        "cut": "stem", "parameters": 694, "arena_bytes": 8192, "flash_bytes": 30_000,
-        "bytes_up_per_sample": 1025.5, "ms_per_sample": 2.5, "exit_accuracy": 0.75,
-        "server_accuracy": 0.875, "lost": "no answer",
-    }  # fmt: skip
-
-
-def test_the_summarys_picture_shows_every_clients_curve(run: Run) -> None:
-    for number in (1, 2, 3):
-        for name, loss in (("a", 2.0), ("b", 1.0)):
-            run.log(done(name, number, loss / number))
-    pictures = []
-    for names in ("ab", "a"):
-        run.finish(12.5, 3, [summary(n) for n in names])
-        path = run.folder / "summary.png"
-        assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-        pictures.append(image.imread(path))
-    both, one = pictures
-    assert both.shape == one.shape == (780, 1320, 4)
-    colours = {tuple(c) for c in (both[::2, ::2, :3].reshape(-1, 3) * 255).round().astype(int)}
-    for first_of_matplotlib in ((31, 119, 180), (255, 127, 14)):  # C0 and C1
-        assert first_of_matplotlib in colours
-    assert (both != one).any()
-    assert [p.name for p in run.folder.iterdir() if ".new" in p.name] == []

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from splitee.model import Network, Tail, tensors_of
 from toolkit.networks import (
@@ -45,14 +45,16 @@ def build(name: str) -> Any:
     return NETWORKS[name]().train()
 
 
-def every_cut() -> Iterator[Any]:
-    for name in NETWORKS:
-        listed: list[str | int] = [c.name for c in Network(build(name), SHAPE).cuts]
-        for spec in [*listed, *FURTHER.get(name, [])]:
-            yield pytest.param(name, spec, id=f"{name}-{spec}")
+def cuts_of(name: str, network: Network) -> list[str]:
+    """Points where a network is cut here: those listed and the further ones."""
+    return [*(c.name for c in network.cuts), *FURTHER.get(name, [])]
 
 
-CUTS = list(every_cut())
+CUTS = [
+    pytest.param(name, spec, id=f"{name}-{spec}")
+    for name in NETWORKS
+    for spec in cuts_of(name, Network(build(name), SHAPE))
+]
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -71,14 +73,6 @@ def whole(name: str) -> tuple[nn.Module, Tensor]:
     return model, logits
 
 
-def halves(name: str, spec: str) -> tuple[Any, fx.GraphModule, Tail, str]:
-    """The network cut in two: the network, the client's module, the server's, the cut's name."""
-    model = build(name)
-    network = Network(model, SHAPE)
-    cut = network.cut(spec)
-    return model, network.between(None, [cut]), Tail(network, [cut]), cut.name
-
-
 def gradients(model: nn.Module) -> dict[str, Any]:
     """The gradient of every parameter."""
     return arrays({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -89,12 +83,14 @@ def test_a_cut_network_computes_and_learns_bit_for_bit_what_the_whole_does(
     name: str, spec: str
 ) -> None:
     reference, expected = whole(name)
-    model, trunk, tail, cut = halves(name, spec)
+    model = build(name)
+    network = Network(model, SHAPE)
+    cut = network.cut(spec)
     x, labels = batch()
 
-    (point,) = trunk(x)
+    (point,) = network.between(None, [cut])(x)
     sent = point.detach().requires_grad_()
-    logits = tail(sent, cut)
+    logits = Tail(network, [cut])(sent, cut.name)
     torch.autograd.backward(F.cross_entropy(logits, labels))
     torch.autograd.backward(point, sent.grad)
 
@@ -102,21 +98,22 @@ def test_a_cut_network_computes_and_learns_bit_for_bit_what_the_whole_does(
     assert len(gradients(model)) == len(list(model.parameters()))
     assert unequal(gradients(model), gradients(reference)) == []
     # running statistics and counters of batches
-    assert (
-        unequal(arrays(dict(model.named_buffers())), arrays(dict(reference.named_buffers()))) == []
-    )
+    buffers = (arrays(dict(m.named_buffers())) for m in (model, reference))
+    assert unequal(*buffers) == []
 
 
-@pytest.mark.parametrize(("name", "spec"), CUTS)
-def test_the_halves_share_out_the_original_state_dict_keys(name: str, spec: str) -> None:
-    model, trunk, tail, _ = halves(name, spec)
-    client = set(trunk.state_dict())
-    server = {key for stage in tail.stages for key in stage.state_dict()}
-    assert client | server == set(build(name).state_dict())
-    assert client & server == set()
-    for half in (trunk, *tail.stages):  # shared, not copied
-        for key, tensor in half.state_dict().items():
-            assert tensor.data_ptr() == model.state_dict()[key].data_ptr(), key
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_halves_share_out_the_original_state_dict_keys(name: str) -> None:
+    model = build(name)
+    keys = model.state_dict()
+    network = Network(model, SHAPE)
+    for spec in cuts_of(name, network):
+        cut = network.cut(spec)
+        client = network.between(None, [cut]).state_dict()
+        server = [stage.state_dict() for stage in Tail(network, [cut]).stages]
+        assert sorted([*client, *(key for half in server for key in half)]) == sorted(keys), spec
+        for half in (client, *server):  # shared, not copied
+            assert all(half[key].data_ptr() == keys[key].data_ptr() for key in half), spec
 
 
 @pytest.mark.parametrize("name", NETWORKS)

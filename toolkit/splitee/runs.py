@@ -20,7 +20,7 @@ from splitee.client import Place, State
 from splitee.errors import CheckpointError
 from splitee.ops import Array
 from splitee.server import Server
-from splitee.train import BatchDone, ClientDone, ClientLost, Event
+from splitee.train import BatchDone, ClientDone, ClientLost, Event, RoundDone
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._began = time.perf_counter()
+        self._round: list[dict[str, Any]] = []  # records of the round that is not complete yet
 
     @property
     def fleet_file(self) -> Path:
@@ -91,7 +93,11 @@ class Run:
         )
 
     def log(self, event: Event) -> None:
-        """Appends what a curve or a post-mortem needs; states go into the checkpoint instead."""
+        """Notes what a curve or a post-mortem needs; states go into the checkpoint instead.
+
+        A round is written when it is complete, its clients by name: the file does not depend on
+        who answered first.
+        """
         if isinstance(event, BatchDone):
             return
         record: dict[str, Any] = {"event": type(event).__name__}
@@ -100,11 +106,18 @@ class Run:
         else:
             record |= {"round": event.round, "clients": sorted(event.states)}
         record["at_seconds"] = round(time.perf_counter() - self._began, 3)
+        self._round.append(record)
+        if not isinstance(event, RoundDone):
+            return
+        self._round.sort(
+            key=lambda r: r.get("client", "~")
+        )  # no name begins with ~: the round last
         try:
             with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.writelines(json.dumps(record) + "\n" for record in self._round)
         except OSError as error:
             raise self._unwritable(error) from error
+        self._round.clear()
 
     def save(self, number: int, states: Mapping[str, State], servers: Mapping[str, Server]) -> None:
         """Replaces the checkpoint; if that fails, the one before is intact."""
@@ -161,7 +174,9 @@ class Run:
         )
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records logged so far."""
+        """The records of all complete rounds."""
+        if not self.metrics_file.exists():
+            return []
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 

@@ -1,0 +1,214 @@
+"""From a fleet file to networks and shards: what is chosen, refused, and drawn from the seed."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from splitee.assemble import Assembly, Board
+from splitee.client import Place
+from splitee.errors import CutError, FitError, FleetError
+from splitee.fleet import parse
+from splitee.place import Room, kib
+from splitee.strategies import Averaging, Sequential
+from splitee.train import RoundDone, fit
+from toolkit.networks import arrays, unequal
+from toolkit.rounds import everything, last_states
+
+ENDLESS = Room(ram=2**30, flash=2**30, code=0, static=0, stack=0)
+
+
+def assembly(clients: str, top: str = "", model: str = "width = 4", **rooms: Room) -> Assembly:
+    """A fleet of "name:board:further keys" clients; rooms by board, all with firmware."""
+    tables = ""
+    for client in clients.split(", "):
+        name, board, *further = client.split(":")
+        keys = "\n".join(further)
+        tables += f'[[client]]\nname = "{name}"\nboard = "{board}"\n{keys}\n'
+    fleet = parse(f'name = "x"\n{top}\n[model]\n{model}\n{tables}')
+    return Assembly(fleet, lambda board: Board(board in rooms, rooms.get(board)))
+
+
+@cache
+def needed(cut: int) -> int:
+    """RAM that a client's build takes up to a cut."""
+    one = assembly("a:mcu", mcu=ENDLESS)
+    return one.builds(one.fleet.client[0])[cut - 1].ram_bytes(ENDLESS)
+
+
+def room(ram: int) -> Room:
+    """A board with so much RAM."""
+    return Room(ram=ram, flash=2**30, code=0, static=0, stack=0)
+
+
+@pytest.mark.parametrize(
+    ("cut", "name"), [(1, "stem"), (2, "layer1"), (3, "layer2"), (4, "layer3")]
+)
+def test_auto_takes_the_deepest_cut_that_fits(cut: int, name: str) -> None:
+    exact = assembly("a:mcu", mcu=room(needed(cut)))
+    assert exact.member("a").cut.name == name
+
+
+def test_auto_takes_the_last_cut_where_there_is_room_enough() -> None:
+    assert assembly("a:torch").member("a").cut.name == "layer3"
+
+
+def test_a_cut_is_given_by_name_or_number() -> None:
+    fleet = assembly("a:torch:cut = 2, b:torch:cut = 'layer1', c:torch:cut = '3'")
+    assert [m.cut.name for m in fleet.members] == ["layer1", "layer1", "layer2"]
+    assert [m.name for m in fleet.members] == ["a", "b", "c"]
+
+
+def test_a_segment_that_is_too_large_says_by_how_much_and_which_cut_fits() -> None:
+    ram = needed(2) + 100
+    fleet = assembly("a:mcu:cut = 'layer3'", mcu=room(ram))
+    with pytest.raises(FitError) as error:
+        fleet.member("a")
+    assert str(error.value) == (
+        f'client "a": its segment up to layer3 needs {kib(needed(4))} of RAM, '
+        f"{kib(needed(4) - ram)} more than the {kib(ram)} there are on mcu: "
+        'cut at "layer1", which fits'
+    )
+
+
+@pytest.mark.parametrize("cut", ["auto", "layer1"])
+def test_a_board_on_which_nothing_fits_is_told_the_other_cures(cut: str) -> None:
+    fleet = assembly(f"a:mcu:cut = '{cut}'", mcu=room(1024))
+    where = "stem" if cut == "auto" else cut
+    with pytest.raises(FitError, match=f"up to {where} needs .* on mcu: take a narrower network, "):
+        fleet.member("a")
+
+
+def test_an_unknown_cut_lists_the_cuts() -> None:
+    with pytest.raises(CutError, match=r"take one of 1 stem, 2 layer1, 3 layer2, 4 layer3$"):
+        assembly("a:torch:cut = 'layer4'").member("a")
+
+
+def test_a_point_without_an_exit_is_no_clients_cut() -> None:
+    message = 'cut "stem.1" has no exit; clients take one of 1 stem, 2 layer1, 3 layer2, 4 layer3'
+    with pytest.raises(CutError, match=f"^{re.escape(message)}$"):
+        assembly("a:torch:cut = 'stem.1'").member("a")
+
+
+def test_group_norm_where_firmware_is_in_the_fleet_and_batch_norm_elsewhere() -> None:
+    assert assembly("a:torch, b:mcu", mcu=ENDLESS).norm == "group"
+    assert assembly("a:torch, b:edge").norm == "batch"
+    assert assembly("a:torch", model='width = 4\nnorm = "group"').norm == "group"
+    with pytest.raises(FleetError, match=r'norm = "batch": client "b" runs firmware'):
+        assembly("a:torch, b:mcu", model='norm = "batch"', mcu=ENDLESS)
+
+
+def test_batch_norm_needs_the_whole_batch_at_once() -> None:
+    assert assembly("a:torch").member("a").build.capacity == 16
+    with pytest.raises(FleetError, match=r'client "a": batch norm needs the whole batch at once'):
+        assembly("a:torch:capacity = 8").member("a")
+
+
+@pytest.mark.parametrize(
+    ("client", "batch", "capacity"),
+    [
+        ("a:torch", 32, 32),
+        ("a:mcu", 32, 8),
+        ("a:mcu", 4, 4),
+        ("a:mcu:capacity = 2", 32, 2),
+        ("a:torch:capacity = 50", 32, 32),
+    ],
+)
+def test_a_client_holds_a_batch_or_what_firmware_usually_holds(
+    client: str, batch: int, capacity: int
+) -> None:
+    fleet = assembly(client, f"batch = {batch}", 'norm = "group"', mcu=ENDLESS)
+    assert fleet.capacity(fleet.fleet.client[0]) == capacity
+
+
+def test_shares_divide_the_training_images() -> None:
+    fleet = assembly("a:torch:share = 1, b:torch:share = 2.5, c:torch:share = 0.5")
+    sizes = [len(m.images) for m in fleet.members]
+    assert sum(sizes) == 1437
+    assert sizes == [359, 898, 180]  # of 1,437: a quarter, five eighths, an eighth
+    assert [m.state.place for m in fleet.members] == [
+        Place(samples, seed) for samples, seed in zip(sizes, (0, 1, 2), strict=True)
+    ]
+    with pytest.raises(FleetError, match=r'^client "b": its share is less than one sample$'):
+        assembly("a:torch, b:torch:share = 1e-4")
+
+
+def test_a_seed_fits_into_the_32_bits_of_the_wire() -> None:
+    fleet = assembly("a:torch, b:torch", f"seed = {2**31 - 1}")
+    assert [m.seed for m in fleet.members] == [2**32 - 4096, 2**32 - 4095]
+
+
+def test_exits_are_those_at_the_cut_or_all_up_to_it() -> None:
+    for exits, names in (("own", ("layer2",)), ("upto", ("stem", "layer1", "layer2"))):
+        fleet = assembly("a:torch:cut = 3", f'exits = "{exits}"')
+        assert fleet.member("a").segment.exit_names == names
+
+
+def test_all_copies_of_a_layer_begin_alike() -> None:
+    fleet = assembly("a:torch:cut = 1, b:torch:cut = 3", 'exits = "upto"')
+    a, b = (m.state.weights for m in fleet.members)
+    assert "exits.stem.linear.weight" in a
+    assert unequal({n: b[n] for n in a}, dict(a)) == []
+    strategy = fleet.strategy([fleet.local(m) for m in fleet.members])
+    replica = arrays(strategy.server("a").tensors())
+    shared = [n for n in replica if n in b]
+    assert unequal({n: replica[n] for n in shared}, {n: b[n] for n in shared}) == []
+
+
+def drawn(fleet: Assembly) -> dict[str, Any]:
+    """All that is random of a fleet, by owner and name."""
+    found: dict[str, Any] = {}
+    for member in fleet.members:
+        found |= {f"{member.name}/{n}": w for n, w in member.state.weights.items()}
+        found |= {f"{member.name}/x": member.images.x, f"{member.name}/y": member.images.y}
+        found[f"{member.name}/seed"] = np.array(member.seed)
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
+def test_the_same_seed_gives_the_same_run_bit_for_bit(strategy: str) -> None:
+    results = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        top = f'seed = 5\nbatch = 128\nstrategy = "{strategy}"\naggregate = "all"\nexits = "upto"'
+        fleet = assembly("a:torch:cut = 1, b:torch:cut = 2:share = 2", top)
+        before = drawn(fleet)
+        clients = []
+        for member in fleet.members:
+            clients.append(fleet.local(member))
+            clients[-1].start(member.state, member.images)
+        rounds = fleet.strategy(clients)
+        assert isinstance(rounds, Averaging if strategy == "averaging" else Sequential)
+        events = list(fit(rounds, 2))
+        assert isinstance(events[-1], RoundDone)
+        assert unequal(drawn(fleet), before) == []  # members are where clients start
+        results.append(before | everything(rounds, last_states(events)))
+    assert unequal(*results) == []
+
+
+def test_another_seed_gives_other_weights_and_shards() -> None:
+    one, other = (
+        drawn(assembly("a:torch:cut = 1, b:torch:cut = 2", f"seed = {s}")) for s in (1, 2)
+    )
+    norms = [n for n in one if re.search(r"\.1\.|norm", n)]  # these begin as ones and zeros
+    assert sorted([*unequal(one, other), *norms]) == sorted(one)
+
+
+def test_assembling_leaves_torchs_random_state_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assembly("a:torch").member("a")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_unknown_board_is_refused_by_whoever_knows_the_boards() -> None:
+    def boards(name: str) -> Board:
+        raise FleetError(f'no board "{name}"')
+
+    with pytest.raises(FleetError, match='no board "torch"'):
+        Assembly(parse('name = "x"\n[[client]]\nname = "a"\n'), boards)

@@ -1,0 +1,98 @@
+"""What a segment takes, and what fits where."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from splitee.capture import capture
+from splitee.model import Network
+from splitee.place import STEP_CODE, Build, Room, deepest_that_fits, kib
+from toolkit.networks import CLASSES, SCALE, SHAPE, SHIFT, resnet, segment_at
+
+CUTS = ("stem", "layer1", "layer2", "layer3")
+ROOM = Room(ram=128 * 1024, flash=512 * 1024, code=20_000, static=5_000, stack=3_000)
+
+
+def build(cut: str = "stem", *, capacity: int = 4, momentum: bool = True) -> Build:
+    """A build of a narrow resnet8 up to a cut."""
+    graph = capture(segment_at(Network(resnet(), SHAPE), cut), CLASSES)
+    return Build(graph, capacity, momentum, samples_max=100, scale=SCALE, shift=SHIFT)
+
+
+def test_a_build_takes_what_pencil_and_paper_say() -> None:
+    stem = build()
+    parameters = 36 + 4 + 4 + 640 + 10
+    assert stem.weight_bytes == 4 * parameters
+    assert stem.record_size == 1 + 64
+    assert stem.shard_bytes == 100 * (65 + 2)  # a uint16 of the order for each record
+    assert stem.bytes_up_per_sample == 4 * 256 + 1
+    # capacity: a label for each sample held
+    expected = stem.arena_bytes + 4 * parameters + 6_700 + 4 + 5_000 + 3_000
+    assert stem.ram_bytes(ROOM) == expected
+    steps = len(stem.schedule.steps)
+    assert stem.flash_bytes(ROOM) == 20_000 + 4 * parameters + STEP_CODE * steps
+
+
+def test_the_arena_of_a_build_is_the_verified_plan() -> None:
+    small, large = build(capacity=1), build(capacity=8)
+    assert small.arena_bytes == small.plan.size
+    # the gradient and the velocity of each of 694 parameters, aligned, are there at any capacity
+    assert large.arena_bytes > small.arena_bytes > 2 * 4 * 694
+    saved = small.arena_bytes - build(capacity=1, momentum=False).arena_bytes
+    assert saved == -(-4 * 694 // 16) * 16
+
+
+def test_a_deeper_cut_takes_more() -> None:
+    sizes = [build(cut).ram_bytes(ROOM) for cut in CUTS]
+    assert sizes == sorted(set(sizes))
+
+
+def test_what_fits_fits_to_the_byte() -> None:
+    stem = build()
+    needed, flashed = stem.ram_bytes(ROOM), stem.flash_bytes(ROOM)
+    exact = dataclasses.replace(ROOM, ram=needed, flash=flashed)
+    assert stem.shortage(exact) is None
+    assert stem.shortage(dataclasses.replace(exact, ram=needed - 1)) == (
+        f"needs {kib(needed)} of RAM, 0.0 KB more than the {kib(needed - 1)} there are"
+    )
+    assert stem.shortage(dataclasses.replace(exact, flash=flashed - 2048)) == (
+        f"needs {kib(flashed)} of flash, 2.0 KB more than the {kib(flashed - 2048)} there are"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0.0 KB"), (1536, "1.5 KB"), (10 * 1024 - 103, "9.9 KB"), (10 * 1024, "10 KB"),
+     (2_000 * 1024, "2,000 KB")],
+)  # fmt: skip
+def test_sizes_are_told_in_kb(size: int, text: str) -> None:
+    assert kib(size) == text
+
+
+def test_the_deepest_that_fits_is_chosen() -> None:
+    builds = [build(cut) for cut in CUTS]
+    for i, chosen in enumerate(builds):
+        room = dataclasses.replace(ROOM, ram=chosen.ram_bytes(ROOM), flash=2**30)
+        assert deepest_that_fits(builds, room) is chosen
+        tight = dataclasses.replace(room, ram=room.ram - 1)
+        assert deepest_that_fits(builds, tight) is (builds[i - 1] if i else None)
+    assert deepest_that_fits(builds, None) is builds[-1]
+
+
+def test_a_builds_checksum_names_structure_and_settings_and_not_values() -> None:
+    one = build()
+    same = dataclasses.replace(
+        one, graph=capture(segment_at(Network(resnet(seed=5), SHAPE), "stem"), CLASSES)
+    )
+    assert same.checksum == one.checksum
+    others = [
+        build("layer1"),
+        build(capacity=2),
+        build(momentum=False),
+        dataclasses.replace(one, samples_max=99),
+        dataclasses.replace(one, scale=(0.5,)),
+        dataclasses.replace(one, shift=(0.5,)),
+    ]
+    assert len({b.checksum for b in (one, *others)}) == len(others) + 1
