@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from splitee.errors import BuildError, FitError, LinkClosed, MissingTool, SpliteeError, Timeout
-from splitee_host.link import Link, UdpLink, _DescriptorLink
+from splitee_host.link import Link, PipeLink, UdpLink
 
 if TYPE_CHECKING:
     from splitee import assemble
@@ -409,34 +409,8 @@ def _start_qemu(board: Board, qemu: Qemu, firmware: Firmware, options: Sequence[
         *("-serial", "chardev:link", "-echr", "0x1ff"),
     ]
     return Running(
-        board.name, command, lambda p: _PipeLink(p, f"serial:{board.name}"), ends_with_stdin=False
+        board.name, command, lambda p: PipeLink(p, f"serial:{board.name}"), ends_with_stdin=False
     )
-
-
-class _PipeLink(_DescriptorLink):
-    """The standard input and output of a process, as a serial line."""
-
-    def __init__(self, process: subprocess.Popen[bytes], name: str) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._pipes = (process.stdin, process.stdout)
-        for pipe in self._pipes:
-            os.set_blocking(pipe.fileno(), False)
-        super().__init__("serial", name, process.stdout.fileno(), process.stdin.fileno())
-
-    def _receive(self) -> bytes:
-        return os.read(self._source, 1 << 16)
-
-    def _send(self, data: memoryview) -> int:
-        return os.write(self._sink, data)
-
-    def _release(self) -> None:
-        super()._release()
-        for pipe in self._pipes:
-            pipe.close()
-
-    def _gone(self) -> str:
-        return f"{self.name} closed its end of the line"
 
 
 def _printed_link(process: subprocess.Popen[bytes]) -> Link | None:

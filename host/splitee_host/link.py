@@ -366,7 +366,34 @@ class UdpLink(_DescriptorLink):
         return f"{self.name} cannot be reached any more: is this machine's network up?"
 
 
-class ProcessLink(_DescriptorLink):
+class PipeLink(_DescriptorLink):
+    """Standard input and output of a process that somebody else ends: its line to us."""
+
+    def __init__(self, process: subprocess.Popen[bytes], name: str) -> None:
+        """process: started with both pipes, unbuffered."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._pipes = (process.stdin, process.stdout)
+        for pipe in self._pipes:
+            os.set_blocking(pipe.fileno(), False)
+        super().__init__("serial", name, process.stdout.fileno(), process.stdin.fileno())
+
+    def _receive(self) -> bytes:
+        return os.read(self._source, _READ_MAX)
+
+    def _send(self, data: memoryview) -> int:
+        return os.write(self._sink, data)
+
+    def _release(self) -> None:
+        super()._release()
+        for pipe in self._pipes:
+            pipe.close()
+
+    def _gone(self) -> str:
+        return f"{self.name} closed its end of the line"
+
+
+class ProcessLink(PipeLink):
     """A child process whose standard input and output are the line: the device on this machine.
 
     It inherits standard error. Closing the link closes its input, by which it should end; if it
@@ -385,25 +412,10 @@ class ProcessLink(_DescriptorLink):
             )
         except OSError as error:
             raise LinkError(f"cannot start {command[0]} ({_said(error)}): is it built?") from error
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._input = self._process.stdin
-        self._output = self._process.stdout
-        source, sink = self._output.fileno(), self._input.fileno()
-        os.set_blocking(source, False)
-        os.set_blocking(sink, False)
-        super().__init__("serial", f"serial:{name or Path(command[0]).name}", source, sink)
-
-    def _receive(self) -> bytes:
-        return os.read(self._source, _READ_MAX)
-
-    def _send(self, data: memoryview) -> int:
-        return os.write(self._sink, data)
+        super().__init__(self._process, f"serial:{name or Path(command[0]).name}")
 
     def _release(self) -> None:
         super()._release()
-        self._input.close()
-        self._output.close()
         try:
             self._process.wait(_LEAVE)
         except subprocess.TimeoutExpired:
