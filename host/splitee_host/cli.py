@@ -41,9 +41,6 @@ def main() -> None:
     except SpliteeError as error:
         _console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        _console(stderr=True).print("stopped", style="red")
-        sys.exit(130)
 
 
 def _plain(text: object) -> str:
@@ -258,14 +255,15 @@ def _train(console: Console, assembly: Assembly, run: Any, launched: list[Launch
     """All rounds, then the test; a summary for each client."""
     from splitee.errors import LinkError
     from splitee.runs import ClientSummary
-    from splitee.train import ClientDone, ClientLost, RoundDone, evaluate, fit
+    from splitee.train import BatchDone, ClientDone, ClientLost, RoundDone, evaluate, fit
     from splitee_host.launch import torch_device
     from splitee_host.screen import Screen
 
     strategy = assembly.strategy([entry.client for entry in launched], torch_device())
     samples = {m.name: len(m.images) for m in assembly.members}
     seconds = dict.fromkeys(samples, 0.0)
-    trained = dict.fromkeys(samples, 0)
+    trained = dict.fromkeys(samples, 0)  # in the passes that seconds counts
+    sent = dict.fromkeys(samples, 0)  # samples whose activations came up, in lost passes too
     lost: dict[str, str] = {}
     clients = strategy.clients
     with Screen(console, clients, samples, assembly.fleet.rounds) as screen:
@@ -273,6 +271,8 @@ def _train(console: Console, assembly: Assembly, run: Any, launched: list[Launch
             screen.show(event)
             run.log(event)
             match event:
+                case BatchDone():
+                    sent[event.client] += event.samples
                 case ClientDone():
                     seconds[event.client] += event.seconds
                     trained[event.client] += event.samples
@@ -284,7 +284,7 @@ def _train(console: Console, assembly: Assembly, run: Any, launched: list[Launch
     summaries = []
     for entry in launched:
         member, client = entry.member, entry.client
-        up = client.traffic.activations_up / max(1, trained[member.name])
+        up = client.traffic.activations_up / max(1, sent[member.name])
         if member.name not in lost:
             try:
                 answers = evaluate(client, strategy.server(member.name), assembly.dataset.test)
