@@ -11,20 +11,12 @@ import pytest
 import torch
 
 from splitee.client import Settings, trunk_weights
+from splitee.data import draw_order
 from splitee.errors import MissingTool
 from splitee.ops import Array
 from splitee_exporters.c import to_c
-from step_harness import (
-    SETTINGS,
-    TOLERANCE,
-    case,
-    device,
-    error,
-    in_torch,
-    local,
-    names,
-    on_device,
-)
+from splitee_host.verify import TOLERANCE, names, relative_error, step_in_torch, step_on_device
+from step_harness import SETTINGS, Case, case, device, local
 
 BOARDS = ("posix", "qemu-m4")
 GRADIENTS = ("local", "server", "both")
@@ -54,10 +46,17 @@ def both_sides(
         sent = torch.randn(COUNT, *shape, generator=torch.Generator().manual_seed(1)) / COUNT
     try:
         with device(the_case, board, folder / f"{kind}-{board}", settings) as running:
-            mine = on_device(running, COUNT, sent)
+            mine = step_on_device(running, COUNT, sent)
     except MissingTool as missing:
         pytest.skip(str(missing))
-    return mine, in_torch(the_case, settings, COUNT, sent)
+    return mine, in_torch(the_case, settings, sent)
+
+
+def in_torch(the_case: Case, settings: Settings, sent: torch.Tensor | None) -> dict[str, Array]:
+    """The step of the first COUNT samples of the case's data order."""
+    place = the_case.state.place
+    part = the_case.images[draw_order(place.samples, place.seed, 0)[:COUNT]]
+    return step_in_torch(the_case.segment, the_case.build, part, settings, sent)
 
 
 @pytest.mark.parametrize("name", names(case("resnet8").build))
@@ -65,14 +64,14 @@ def both_sides(
 @pytest.mark.parametrize("board", BOARDS)
 def test_a_resnet_step_equals_pytorch(board: str, mode: str, name: str, folder: Path) -> None:
     mine, reference = both_sides("resnet8", board, mode, folder)
-    assert error(mine, reference, name) <= TOLERANCE
+    assert relative_error(mine, reference, name) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", names(case("pools").build))
 @pytest.mark.parametrize("board", BOARDS)
 def test_a_step_through_pools_equals_pytorch(board: str, name: str, folder: Path) -> None:
     mine, reference = both_sides("pools", board, "both", folder)
-    assert error(mine, reference, name) <= TOLERANCE
+    assert relative_error(mine, reference, name) <= TOLERANCE
 
 
 @pytest.mark.parametrize("board", BOARDS)
@@ -96,7 +95,7 @@ def test_a_batch_in_parts_is_the_whole_batch(folder: Path) -> None:
     settings = settings_of("local")
     whole, parts = case("resnet8", capacity=12), case("resnet8", capacity=5)
     with device(whole, "posix", folder / "whole", settings) as running:
-        reference = on_device(running, 12, None)
+        reference = step_on_device(running, 12, None)
     with device(parts, "posix", folder / "parts", settings) as running:
         for count in (5, 5, 2):
             running.forward(count, 12)
@@ -104,8 +103,8 @@ def test_a_batch_in_parts_is_the_whole_batch(folder: Path) -> None:
         mine = {f"gradient of {n}": g for n, g in running.gradients().items()}
         running.step()
         mine |= {f"updated {n}": w for n, w in running.state().weights.items()}
-    worst = max(mine, key=lambda name: error(mine, reference, name))
-    assert error(mine, reference, worst) <= TOLERANCE, worst
+    worst = max(mine, key=lambda name: relative_error(mine, reference, name))
+    assert relative_error(mine, reference, worst) <= TOLERANCE, worst
 
 
 # A fault in the generated code of one step, and a tensor that must notice it: (comment of the
@@ -164,5 +163,5 @@ def test_a_planted_fault_is_noticed(fault: str, folder: Path) -> None:
     shape = the_case.build.graph.shapes[the_case.build.graph.cut]
     sent = torch.ones(COUNT, *shape) / COUNT
     with device(the_case, "posix", folder / "fault", settings, source=source) as running:
-        mine = on_device(running, COUNT, sent)
-    assert error(mine, in_torch(the_case, settings, COUNT, sent), tensor) > TOLERANCE
+        mine = step_on_device(running, COUNT, sent)
+    assert relative_error(mine, in_torch(the_case, settings, sent), tensor) > TOLERANCE

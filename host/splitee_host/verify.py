@@ -1,0 +1,183 @@
+"""One training step twice, on a device and in PyTorch, compared tensor by tensor.
+
+The device runs its release firmware: the host lets it take one step of its segment at a time
+(``Run``) and reads each tensor from the arena as soon as it is complete. PyTorch computes the same
+step in float64, by autograd and torch.optim.SGD.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from splitee.arena import gradient
+from splitee.client import Settings
+from splitee.data import Images, draw_order
+from splitee.model import Segment
+from splitee.ops import Array
+from splitee.place import Build
+from splitee_host.device import Device
+from splitee_host.wire import messages as m
+
+TOLERANCE = 1e-5
+FLOOR = 1e-3  # of the largest gradient in the model: smaller tensors are measured against that
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a tensor of the device is from PyTorch's."""
+
+    tensor: str
+    error: float  # largest difference, relative (see relative_error)
+
+    @property
+    def good(self) -> bool:
+        """Whether it is as close as float32 brings it (a NaN is not)."""
+        return self.error <= TOLERANCE
+
+
+def compare(
+    device: Device, segment: Segment, images: Images, settings: Settings, count: int, seed: int
+) -> list[Difference]:
+    """Trains one batch of count samples on a started device and in torch; the worst tensor first.
+
+    segment: with the weights that the device started from. images: its shard. seed: of its data
+    order, at whose beginning it stands.
+    """
+    sent = None
+    if settings.wants_gradient:
+        shape = device.build.graph.shapes[device.build.graph.cut]
+        sent = torch.randn(count, *shape, generator=torch.Generator().manual_seed(1)) / count
+    mine = step_on_device(device, count, sent)
+    part = images[draw_order(len(images), seed, 0)[:count]]
+    theirs = step_in_torch(segment, device.build, part, settings, sent)
+    found = [Difference(n, relative_error(mine, theirs, n)) for n in names(device.build)]
+    # NaN is the worst of all, and sorts nowhere by itself
+    return sorted(found, key=lambda d: -np.inf if np.isnan(d.error) else -d.error)
+
+
+def names(build: Build) -> list[str]:
+    """The tensors of a step that both sides have, in the order in which they are computed."""
+    graph = build.graph
+    made = [op.name for op in graph.ops]
+    found = ["sent", *(n for n in made if n not in build.schedule.aliases), "loss"]
+    found += [gradient(n) for n in reversed(made)]
+    for parameter in graph.parameters:
+        found += [f"gradient of {parameter}", f"updated {parameter}"]
+        found += [f"momentum of {parameter}"] if build.momentum else []
+    return found
+
+
+def relative_error(mine: dict[str, Array], reference: dict[str, Array], name: str) -> float:
+    """Largest difference of a tensor over the largest value of the reference.
+
+    A reference whose values are all tiny counts as FLOOR x the largest gradient in the model.
+    """
+    largest = max(np.abs(v).max() for n, v in reference.items() if n.startswith("gradient of "))
+    scale = max(np.abs(reference[name]).max(), FLOOR * largest)
+    return float(np.abs(mine[name].astype(np.float64) - reference[name]).max() / scale)
+
+
+def step_on_device(device: Device, count: int, sent: Tensor | None) -> dict[str, Array]:
+    """Every tensor of one step on count samples; sent is the server's gradient."""
+    build = device.build
+    graph, plan = build.graph, build.plan
+    part = device.forward(count, count)
+    tensors: dict[str, Array] = {"sent": part.activations.numpy()}
+    for i, step in enumerate(build.schedule.steps):
+        if step.action == "weigh" and sent is not None:
+            device.write(m.Region.GRADIENT, sent.numpy().astype("<f4").tobytes())
+        device.request(m.Run(i, i + 1), m.Done)
+        for name in {*step.writes, *step.adds, *step.clears}:
+            tensor = name[2:-1] if name.startswith("d(") else name
+            if tensor in graph.shapes:  # not a buffer of ours alone, such as a norm's mean
+                size = count * graph.elements(tensor)
+                data = device.read(m.Region.ARENA, plan.offsets[name], 4 * size)
+                shape = (count, *graph.shapes[tensor])
+                tensors[name] = np.frombuffer(data, "<f4").reshape(shape)
+    tensors |= {f"gradient of {n}": g for n, g in device.gradients().items()}
+    tensors["loss"] = np.array(device.step().loss)
+    state = device.state()
+    tensors |= {f"updated {n}": w for n, w in state.weights.items()}
+    tensors |= {f"momentum of {n}": v for n, v in state.momentum.items()}
+    return tensors
+
+
+def step_in_torch(
+    segment: Segment, build: Build, part: Images, settings: Settings, sent: Tensor | None
+) -> dict[str, Array]:
+    """The same step in float64; the segment given is left as it is."""
+    segment = copy.deepcopy(segment).double()
+    parameters = segment.tensors()
+    optimizer = torch.optim.SGD(
+        parameters.values(),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    scale = torch.tensor(build.scale, dtype=torch.float64)[:, None, None]
+    shift = torch.tensor(build.shift, dtype=torch.float64)[:, None, None]
+    x = torch.from_numpy(part.x).double() * scale + shift
+    labels = torch.from_numpy(part.y).long()
+
+    tensors: dict[str, Tensor] = {}
+    points = _Recorder(segment.trunk, tensors).run(x)
+    returned = []
+    for name, head, point in zip(segment.exit_names, segment.exits, points, strict=True):
+        entered = y = point.detach().requires_grad_()
+        tensors[f"exits.{name}"] = entered
+        for child_name, child in head.named_children():
+            y = child(y)
+            y.retain_grad()
+            tensors[f"exits.{name}.{child_name}"] = y
+        loss = F.cross_entropy(y, labels)
+        torch.autograd.backward(loss)
+        assert entered.grad is not None
+        returned.append(settings.exit_weight * entered.grad)
+    if sent is not None:
+        returned[-1] = returned[-1] + settings.server_weight * sent.double()
+    torch.autograd.backward(points, returned)
+
+    shapes = build.graph.shapes
+    result = {"sent": points[-1], "loss": loss}
+    for name, tensor in tensors.items():
+        if name in shapes:
+            assert shapes[name] == tuple(tensor.shape)[1:], name
+            result[name] = tensor
+            if tensor.grad is not None:
+                result[gradient(name)] = tensor.grad
+    result |= {f"gradient of {n}": p.grad for n, p in parameters.items() if p.grad is not None}
+    optimizer.step()
+    result |= {f"updated {n}": p for n, p in parameters.items()}
+    if settings.momentum:
+        result |= {
+            f"momentum of {n}": optimizer.state[p]["momentum_buffer"] for n, p in parameters.items()
+        }
+    return {name: value.detach().numpy() for name, value in result.items()}
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps every tensor that a traced trunk computes, by the name of its operation."""
+
+    def __init__(self, module: fx.GraphModule, tensors: dict[str, Tensor]) -> None:
+        super().__init__(module)
+        self.tensors = tensors
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_module":
+            name = str(n.target)
+        elif n.op == "call_function":
+            name = f"{[p for p in n.meta['nn_module_stack'] if p][-1]}.add"
+        else:
+            return result
+        if result.requires_grad:
+            result.retain_grad()
+        self.tensors[name] = result
+        return result
