@@ -87,6 +87,7 @@ def test_what_a_device_is_given_comes_back_bit_for_bit(kind: str, folder: Path) 
         device = host(link, CASE)
         device.start(state, CASE.images)
         assert differences(device.state(), state) == []
+        assert differences(device.state(), state) == []  # what was written is what is held
         shard = device.read(m.Region.SHARD, 0, 24 * RECORD)
         assert shard[:RECORD] == bytes([CASE.images.y[0], *CASE.images.x[0].ravel()])
         assert shard == records(CASE.images)
@@ -255,6 +256,8 @@ def test_a_new_session_takes_a_running_device_over(kind: str, folder: Path) -> N
         first.start(CASE.state, CASE.images)
         first.forward(8, 8)  # a batch that is never finished
         second = host(link, CASE, session=2)
+        second.hello()
+        assert second.request(m.Backward(), m.Refused) == m.Refused(m.Error.OUT_OF_ORDER, 0)
         second.start(CASE.state, CASE.images)
         assert len(train(second, 1)) == 1
         assert second.counters().steps == 1
@@ -523,7 +526,7 @@ def test_refuses_momentum_that_it_was_built_without(kind: str, folder: Path) -> 
         device = host(link, PLAIN, plain)
         device.start(PLAIN.state, PLAIN.images)
         with pytest.raises(DeviceRefused, match="built without momentum"):
-            device.settings = SETTINGS
+            device.settings = replace(SETTINGS, learning_rate=0.5)
         answer = device.request(m.Read(m.Region.MOMENTUM, 0, 1), m.Refused)
         assert answer == m.Refused(m.Error.OUT_OF_RANGE, 0)
         # it learns on as it was told before: a step of plain gradient descent

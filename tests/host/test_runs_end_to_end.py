@@ -129,6 +129,8 @@ def trained(
         events = list(fit(strategy, fleet.rounds))
         ended = events[-1]
         assert isinstance(ended, RoundDone)
+        for client in clients:  # the means have come back to them
+            assert differences(client.state(), ended.states[client.name]) == []
         return Trained(assembly.members, events, ended.states, weights(), before)
 
 

@@ -160,4 +160,6 @@ def test_time_spent_computing_is_counted(kind: str, folder: Path) -> None:
         device.start(CASE.state, CASE.images)
         assert device.counters().compute_micros == 0
         take(device, 8, 8)
-        assert 0 < device.counters().compute_micros < 60_000_000
+        first = device.counters().compute_micros
+        take(device, 8, 8)
+        assert device.counters().compute_micros > first > 0

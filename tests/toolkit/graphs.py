@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from splitee.arena import Plan, Schedule, Step
+from splitee.arena import Plan, Schedule, Step, schedule
+from splitee.capture import capture
 from splitee.graph import Graph, Op
+from splitee.model import Network
 from splitee.ops import Array
-
-CLASSES = 3
+from toolkit.networks import CLASSES, SHAPE, resnet, segment_at
 
 
 class Builder:
@@ -134,3 +135,9 @@ def overlaps(schedule: Schedule, plan: Plan) -> set[frozenset[str]]:
                 if start < stop:
                     found.add(frozenset({name, other}))
     return found
+
+
+def resnet_schedule(cut: str = "layer2", *, momentum: bool = True) -> Schedule:
+    """The schedule of a narrow resnet8 with all its exits."""
+    network = Network(resnet(), SHAPE)
+    return schedule(capture(segment_at(network, cut, upto=True), CLASSES), 3, momentum)

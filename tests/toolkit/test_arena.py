@@ -9,20 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitee import arena
-from splitee.arena import ALIGNMENT, Plan, Schedule, gradient, plan, schedule, verify
+from splitee.arena import ALIGNMENT, Plan, Schedule, plan, schedule, verify
 from splitee.capture import capture
 from splitee.graph import Graph
 from splitee.model import Network
-from toolkit.graphs import alive, graphs, overlaps, touched
+from toolkit.graphs import alive, graphs, overlaps, resnet_schedule
 from toolkit.networks import CLASSES, SHAPE, resnet, segment_at
 
 CAPACITIES = st.integers(1, 5)
-
-
-def resnet_schedule(cut: str = "layer2", *, momentum: bool = True) -> Schedule:
-    """The schedule of a narrow resnet8 with all its exits."""
-    network = Network(resnet(), SHAPE)
-    return schedule(capture(segment_at(network, cut, upto=True), CLASSES), 3, momentum)
 
 
 @given(graphs(), CAPACITIES, st.booleans())
@@ -37,34 +31,6 @@ def test_a_plan_is_sound_and_no_smaller_than_what_is_alive_at_once(
     together = [sum(-(-steps.sizes[n] // 16) * 16 for n in names) for names in alive(steps)]
     assert found.lower_bound == max(together)
     assert found.lower_bound <= found.size
-
-
-@given(graphs(), CAPACITIES, st.booleans())
-@settings(deadline=None)
-def test_a_schedule_reads_only_what_is_there_and_forgets_no_gradient(
-    graph: Graph, capacity: int, momentum: bool
-) -> None:
-    steps = schedule(graph, capacity, momentum)
-    there = {"input", *steps.lasting}
-    added: set[str] = set()
-    for step in steps.steps:
-        assert set(step.reads) <= there, step
-        there |= {*step.writes, *step.clears}
-        assert set(step.adds) <= there, step
-        assert not added.intersection((*step.writes, *step.clears)), step
-        added.update(step.adds)
-    forward, backward = (
-        [s.op.name for s in steps.steps if s.action == action and s.op is not None]
-        for action in ("forward", "backward")
-    )
-    computed = [op.name for op in graph.ops if op.kind != "branch"]
-    learning = [op.name for op in graph.ops if graph.needs_gradient(op.name)]
-    assert forward == computed
-    assert [n for n in reversed(backward) if n in learning] == learning
-    last = {name: i for i, s in enumerate(steps.steps) for name in s.adds}
-    for i, step in enumerate(steps.steps):  # a gradient is handed on when it is complete
-        if step.action == "backward" and step.op is not None:
-            assert last[gradient(step.op.name)] < i, step
 
 
 @given(graphs(), CAPACITIES, st.data())
@@ -163,33 +129,3 @@ def test_every_segment_of_the_zoo_is_planned_within_2_percent_of_the_bound(name:
                 found = plan(steps)
                 assert verify(steps, found) == []
                 assert found.size <= 1.02 * found.lower_bound, (cut.name, upto, capacity)
-
-
-def test_a_schedule_is_forward_then_losses_then_backward() -> None:
-    steps = resnet_schedule()
-    actions = [s.action for s in steps.steps]
-    assert set(actions[: steps.infer_end]) == {"forward", "send"}
-    assert actions[steps.infer_end : steps.forward_end] == ["loss", "loss", "loss", "send"]
-    assert actions[steps.forward_end] == "weigh"
-    assert set(actions[steps.forward_end + 1 :]) == {"loss_backward", "backward"}
-    assert steps.steps[steps.forward_end].writes == ("d(layer2.0.relu2)",)
-
-
-def test_momentum_costs_one_value_per_parameter_and_capacity_scales_the_rest() -> None:
-    graph = capture(segment_at(Network(resnet(), SHAPE), "stem"), CLASSES)
-    without, with_momentum = (schedule(graph, 3, momentum) for momentum in (False, True))
-    assert {n: s for n, s in with_momentum.sizes.items() if n not in without.sizes} == {
-        "momentum": 4 * (36 + 4 + 4 + 640 + 10)
-    }
-    doubled = schedule(graph, 6, momentum=False)
-    fixed = {"gradients"}
-    assert {n for n in without.sizes if doubled.sizes[n] == without.sizes[n]} == fixed
-    assert all(doubled.sizes[n] == 2 * s for n, s in without.sizes.items() if n not in fixed)
-    assert without.sizes["stem.1:mean"] == 3 * 4  # one group of four channels
-
-
-def test_the_exits_share_the_trunks_tensor_and_not_its_gradient() -> None:
-    steps = resnet_schedule()
-    assert steps.aliases["exits.stem"] == "stem.2"
-    assert "exits.stem" not in set().union(*(touched(s) for s in steps.steps))
-    assert steps.sizes["d(exits.stem)"] == steps.sizes["d(stem.2)"] == 3 * 4 * 4 * 8 * 8

@@ -191,6 +191,18 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(strategy: str) -> None:
     assert unequal(*results) == []
 
 
+def test_a_member_stays_where_it_starts_while_its_client_learns() -> None:
+    fleet = assembly("a:torch:cut = 1")
+    member, expected = fleet.member("a"), fleet.member("a").state
+    client = fleet.local(member)
+    client.start(expected, member.images)
+    client.forward(16, 16)
+    client.backward(None)
+    client.step()
+    assert unequal(dict(member.state.weights), dict(expected.weights)) == []
+    assert unequal(dict(client.state().weights), dict(expected.weights)) != []
+
+
 def test_another_seed_gives_other_weights_and_shards() -> None:
     one, other = (
         drawn(assembly("a:torch:cut = 1, b:torch:cut = 2", f"seed = {s}")) for s in (1, 2)

@@ -109,7 +109,7 @@ class Turns:
         if method != "state" or self._handed_in[name].is_set():
             return
         before = self._order[: self._order.index(name)][-1:]
-        assert all(self._handed_in[other].wait(60) for other in before)
+        assert all(self._handed_in[other].wait(20) for other in before)
         self.seen.append(name)
         self._handed_in[name].set()
 
@@ -134,7 +134,7 @@ def test_clients_train_at_the_same_time() -> None:
 
     def meet(name: str, method: str) -> None:
         if method == "forward" and name not in met:
-            barrier.wait(60)  # passes only when all three are under way
+            barrier.wait(20)  # passes only when all three are under way
             met.add(name)
 
     members = [Wrapped(c, partial(meet, c.name)) for c in clients()]

@@ -72,6 +72,17 @@ def test_a_state_holds_copies_in_float32() -> None:
     }
 
 
+def test_a_state_that_was_loaded_does_not_learn_with_its_client() -> None:
+    images = random_images(8)
+    client = local_client(resnet(), CUT, SETTINGS, images, capacity=4)
+    server = server_for(resnet(), [CUT], SETTINGS)
+    batches(client, server, 1)
+    state, kept = client.state(), client.state()
+    client.load_state(state)
+    batches(client, server, 1)
+    assert unequal(state.weights, kept.weights) == unequal(state.momentum, kept.momentum) == []
+
+
 def test_there_is_a_momentum_for_every_parameter_or_none_at_all() -> None:
     images = random_images(8)
     client = local_client(resnet(), CUT, SETTINGS, images, capacity=4)

@@ -191,3 +191,34 @@ def test_an_unknown_network_or_norm_lists_those_there_are() -> None:
         zoo.build("resnet9")
     with pytest.raises(ModelError, match=r'norm = "layer" is unknown: take one of batch, group$'):
         zoo.build("resnet8", norm="layer")
+
+
+class _InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2))
+        self.body = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1))
+        self.fc = nn.Linear(2 * 8 * 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(torch.nn.functional.relu(self.stem(x), inplace=True))
+        return self.fc(torch.flatten(y, 1))  # type: ignore[no-any-return]
+
+
+def test_what_crosses_a_cut_is_not_changed_in_place_behind_it() -> None:
+    network = Network(_InPlace(), (1, 8, 8))
+    cut = network.cut("stem")
+    (sent,) = network.between(None, [cut])(torch.randn(2, 1, 8, 8))
+    before = sent.clone()
+    network.between(cut, [None])(sent)
+    assert (before < 0).any()
+    assert torch.equal(sent, before)
+
+
+def test_a_frozen_norm_stays_frozen() -> None:
+    model = _InPlace().train()
+    model.stem[1].eval()
+    network = Network(model, (1, 8, 8))
+    assert network.traced.training
+    assert not network.traced.get_submodule("stem.1").training
+    assert network.traced.get_submodule("stem.0").training

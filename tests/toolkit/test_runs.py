@@ -87,6 +87,15 @@ def test_a_checkpoint_replaces_the_one_before_and_leaves_nothing_else(run: Run) 
     assert sorted(p.name for p in run.folder.iterdir()) == ["checkpoint.safetensors", "fleet.toml"]
 
 
+def test_the_same_round_is_the_same_file_byte_for_byte(run: Run) -> None:
+    client = local_client(resnet(), "layer1", SETTINGS, random_images(8), capacity=4)
+    files = []
+    for _ in range(8):
+        run.save(1, {"a": client.state(), "b": SMALL}, {})
+        files.append(run.checkpoint_file.read_bytes())
+    assert len(set(files)) == 1
+
+
 def torn(path: Path) -> None:
     """The last byte is missing."""
     path.write_bytes(path.read_bytes()[:-1])
@@ -109,13 +118,13 @@ def no_tensors(path: Path) -> None:
 
 def clients_without_weights(path: Path) -> None:
     """Places of a client, and no weights."""
-    save_file({}, path, {"round": "1", "places": '{"a": {"samples": 1, "seed": 2}}'})
+    save_file({}, path, {"run": '{"round": 1, "places": {"a": {"samples": 1, "seed": 2}}}'})
 
 
 def another_kind_of_place(path: Path) -> None:
     """A place with a key of another version."""
-    places = '{"a": {"samples": 1, "seed": 2, "lap": 3}}'
-    save_file({"client/a/w": np.zeros(2, np.float32)}, path, {"round": "1", "places": places})
+    run = '{"round": 1, "places": {"a": {"samples": 1, "seed": 2, "lap": 3}}}'
+    save_file({"client/a/w": np.zeros(2, np.float32)}, path, {"run": run})
 
 
 def a_folder(path: Path) -> None:

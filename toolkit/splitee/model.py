@@ -54,13 +54,18 @@ class Network:
                 "not branch or loop on values of tensors"
             ) from error
         self._refuse_repeated_modules()
+        for node in self.traced.graph.nodes:
+            if node.kwargs.get("inplace"):  # would change a tensor that the cut has sent
+                node.update_kwarg("inplace", False)
+        self.traced.recompile()
         device = next(model.parameters()).device
-        training = self.traced.training
+        modes = [(module, module.training) for module in self.traced.modules()]
         with torch.no_grad():
             ShapeProp(self.traced.eval()).propagate(
                 torch.zeros(1, *self.input_shape, device=device)
             )
-        self.traced.train(training)
+        for module, training in modes:  # one by one: a norm may be frozen in a network that trains
+            module.training = training
         self._nodes = list(self.traced.graph.nodes)
         self._place = {node: i for i, node in enumerate(self._nodes)}
         self._ends = self._module_ends()

@@ -130,7 +130,8 @@ class Run:
             tensors |= {f"server/{name}/{k}": v.detach().cpu().numpy() for k, v in weights.items()}
             tensors |= {f"server-momentum/{name}/{k}": v.cpu().numpy() for k, v in momentum.items()}
         places = {name: asdict(state.place) for name, state in states.items()}
-        metadata = {"round": str(number), "places": json.dumps(places, sort_keys=True)}
+        # one entry: safetensors writes several in another order each time
+        metadata = {"run": json.dumps({"round": number, "places": places}, sort_keys=True)}
         content = pack({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
         self._replace(self.checkpoint_file, content)
 
@@ -161,7 +162,8 @@ class Run:
                     group, owner, name = key.split("/", 2)
                     tensors = groups.setdefault(group, {}).setdefault(owner, {})
                     tensors[name] = file.get_tensor(key)
-            number, places = int(metadata["round"]), json.loads(metadata["places"])
+            run = json.loads(metadata["run"])
+            number, places = int(run["round"]), run["places"]
             weights, momentum = groups.get("client", {}), groups.get("client-momentum", {})
             states = {
                 name: State(weights[name], momentum.get(name, {}), Place(**place))

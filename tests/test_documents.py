@@ -1,0 +1,171 @@
+"""README.md and DESIGN.md say what is so: commands, settings, boards, files and functions."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from functools import cache
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from typer.main import get_group
+
+from host_harness import splitee
+from splitee.fleet import Fleet
+from splitee_exporters.c import to_c
+from splitee_host import boards
+from splitee_host.cli import app
+from step_harness import case
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DESIGN = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+SOURCES = ("toolkit", "exporters", "host", "firmware", "examples", "tests", "benchmarks")
+
+
+def section(text: str, title: str) -> str:
+    """What stands under a heading of second order."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the table in a text, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rule = next(i for i, line in enumerate(lines) if set(line) == set("|-"))
+    return [line.strip("| ").split(" | ") for line in lines[rule + 1 :]]
+
+
+def code(text: str) -> list[str]:
+    """What stands between single backticks."""
+    return re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+# ---- README.md ----
+
+
+def test_the_fleet_file_of_the_readme_trains_and_leaves_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (fleet,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    Path("fleet.toml").write_text(fleet)
+    said = splitee("train", "fleet.toml")
+    assert (said.code, said.err) == (0, "")
+    sentence = README.split("leaves\n`runs/demo/`:")[1].split("as run.")[0]
+    promised = {*code(sentence), "fleet.toml"}
+    assert {p.name for p in Path("runs/two-clients").iterdir()} == promised
+
+
+def test_the_commands_of_the_readme_are_those_of_the_help() -> None:
+    listed = [code(cells[0])[0].split() for cells in rows(section(README, "Commands"))]
+    helped = re.findall(r"^. ([a-z]+) {2,}\w", splitee("--help").out, re.MULTILINE)
+    assert [words[:2] for words in listed] == [["splitee", name] for name in helped]
+    commands = get_group(app).commands
+    for _, name, *given in listed:
+        parameters = commands[name].params
+        arguments = [p.metavar for p in parameters if p.param_type_name == "argument"]
+        options = [p.opts[0] for p in parameters if p.param_type_name == "option" and p.required]
+        assert given[: len(arguments)] == arguments
+        assert given[len(arguments) :: 2] == options
+
+
+SETTINGS = {code(c[0])[0]: c[1] for c in rows(section(README, "A fleet file"))}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_readme_has_all_values_and_the_default_first_of(name: str) -> None:
+    outside = re.sub(r"\([^()]*\)", "", SETTINGS[name])
+    field = Fleet.model_fields[name]
+    assert code(outside) == list(get_args(field.annotation))
+    assert code(outside)[0] == field.default
+
+
+def test_the_readme_has_every_setting_that_is_a_choice() -> None:
+    choices = [n for n, f in Fleet.model_fields.items() if "Literal" in str(f.annotation)]
+    assert list(SETTINGS) == choices
+
+
+def test_the_readme_tells_of_every_board_how_far_it_was_run() -> None:
+    told = {code(cells[0])[0]: cells for cells in rows(section(README, "What was run"))}
+    assert set(told) == set(boards.load_boards())
+
+
+# ---- both ----
+
+
+@pytest.mark.parametrize("text", [README, DESIGN], ids=["README.md", "DESIGN.md"])
+def test_every_file_and_folder_exists_that_is_named_in(text: str) -> None:
+    named = {
+        name
+        for name in code(text)
+        if re.fullmatch(r"[\w./-]+(\.(py|c|h|toml|md)|/)", name) and not name.startswith("runs/")
+    }
+    assert named
+    assert {name for name in named - {"segment.c"} if not found(name)} == set()
+
+
+@pytest.mark.parametrize("text", [README, DESIGN], ids=["README.md", "DESIGN.md"])
+def test_every_make_target_exists_that_is_named_in(text: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|^)make ([a-z]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def found(name: str) -> list[Path]:
+    """The files or folders of the project that a document may mean."""
+    if (ROOT / name).exists():
+        return [ROOT / name]
+    return [p for folder in SOURCES for p in (ROOT / folder).rglob(name)]
+
+
+# ---- the walk of DESIGN.md ----
+
+
+def walk() -> dict[str, tuple[str, ...]]:
+    """The functions of the walk, each with the files that stand right behind it."""
+    steps: dict[str, tuple[str, ...]] = {}
+    for _, functions, happens in rows(section(DESIGN, "The walk of one batch")):
+        for name, files in re.findall(r"`([\w.]+)`(?: \(([^)]*)\))?", functions):
+            steps[name] = tuple(code(files)) or steps.get(name, ())
+        for name in re.findall(r"`(on_\w+)`", happens):
+            steps.setdefault(name, ())
+    return steps
+
+
+WALK = walk()
+WALKED = sorted({file for files in WALK.values() for file in files})
+
+
+@cache
+def source(name: str) -> str:
+    """The text of a C file; segment.c is generated, so one is."""
+    if name == "segment.c":
+        return to_c(case("pools").build)
+    (path,) = found(name)
+    return path.read_text(encoding="utf-8")
+
+
+def defines(file: str, name: str) -> bool:
+    """Whether a file of Python or C defines a function of that name."""
+    if file.endswith(".c"):
+        pattern = rf"^\w[\w *]*\b{name}\([^;{{]*\)\s*\{{"
+        return bool(re.search(pattern, source(file), re.MULTILINE))
+    (path,) = found(file)
+    package = path.relative_to(ROOT).with_suffix("").parts[1:]
+    value: object = importlib.import_module(".".join(package))
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return callable(value)
+
+
+def test_the_walk_goes_from_the_loop_to_the_kernels_and_back() -> None:
+    assert len(WALK) > 25
+    assert {"train.py", "device.py", "device.c", "server.py", "strategies.py"} <= set(WALKED)
+
+
+@pytest.mark.parametrize("name", WALK)
+def test_the_walk_names_a_function_where_it_is(name: str) -> None:
+    files = WALK[name]
+    # right behind its name, or else in a file that the walk has for another name
+    assert any(defines(file, name) for file in files or WALKED)
