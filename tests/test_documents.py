@@ -52,7 +52,7 @@ def test_the_fleet_file_of_the_readme_trains_and_leaves_what_it_says(
     Path("fleet.toml").write_text(fleet)
     said = splitee("train", "fleet.toml")
     assert (said.code, said.err) == (0, "")
-    sentence = README.split("leaves\n`runs/demo/`:")[1].split("as run.")[0]
+    sentence = " ".join(README.split()).split("leaves `runs/demo/`:")[1].split("as run.")[0]
     promised = {*code(sentence), "fleet.toml"}
     assert {p.name for p in Path("runs/two-clients").iterdir()} == promised
 

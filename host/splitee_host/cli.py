@@ -1,4 +1,4 @@
-"""The command line: `splitee boards | plan | build | train | eval | client`."""
+"""The command line: `splitee boards | plan | build | train | eval | verify | client`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -368,6 +368,76 @@ def evaluate_run(
         figures = [row[k] for k in list(row)[2:]]
         table.add_row(row["client"], row["cut"], *(f"{100 * v:.1f} %" for v in figures))
     _console().print(table)
+
+
+@app.command()
+def verify(
+    board: Annotated[str, typer.Option(help="The board to check.")],
+    cut: Annotated[
+        str, typer.Option(help="Where its segment ends: path, number or auto.")
+    ] = "auto",
+    port: Annotated[
+        str | None,
+        typer.Option(help="Address of a board that runs already.", envvar="SPLITEE_PORT"),
+    ] = None,
+    width: Annotated[int, typer.Option(min=1, help="Of resnet8's first stage.")] = 8,
+    gradient: Annotated[
+        Literal["local", "server", "both"], typer.Option(help="What its trunk learns from.")
+    ] = "both",
+    rows: Annotated[int, typer.Option(min=0, help="Tensors shown, the worst first.")] = 12,
+    as_json: Json = False,
+) -> None:
+    """Train one batch on a board and in PyTorch, and compare them tensor by tensor."""
+    from rich.table import Table
+
+    from splitee.errors import FleetError
+    from splitee.fleet import Fleet
+    from splitee_exporters.c import to_c
+    from splitee_host.device import Device
+    from splitee_host.launch import Launcher
+    from splitee_host.verify import TOLERANCE, compare
+
+    count = 5  # less than the capacity, and odd: loops end in the middle of their blocks
+    fleet = Fleet.model_validate(
+        {
+            "name": "verify",
+            "gradient": gradient,
+            "exit_weight": 0.3,
+            "exits": "upto",
+            "optimizer": {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+            "model": {"name": "resnet8", "width": width, "norm": "group"},
+            "data": {"samples": count},
+            "client": [{"name": "verify", "board": board, "link": port, "cut": cut}],
+        }
+    )
+    assembly = _assembly(fleet)
+    if not assembly.boards["verify"].firmware:
+        raise FleetError(f"{board} runs no firmware: there is nothing to verify on it")
+    (member,) = assembly.members
+    with Launcher(assembly, Path(), to_c, BUILD, lambda text: None) as launcher:
+        device = launcher.launch(member).client
+        assert isinstance(device, Device)
+        found = compare(device, member.segment, member.images, fleet.settings, count, member.seed)
+    bad = [d for d in found if not d.good]
+    where = f"resnet8 of width {width} up to {member.cut.name} on {board}"
+    if as_json:
+        tensors = [{"tensor": d.tensor, "error": d.error, "good": d.good} for d in found]
+        typer.echo(
+            json.dumps({"board": board, "cut": member.cut.name, "tensors": tensors}, indent=2)
+        )
+    else:
+        typer.echo(f"{where}, the worst first")
+        table = Table(box=None)
+        table.add_column("tensor")
+        table.add_column("relative error", justify="right")
+        for d in found[:rows]:
+            table.add_row(d.tensor, f"{d.error:.1e}", style="" if d.good else "red")
+        _console().print(table)
+        typer.echo(
+            f"{len(found) - len(bad)} of {len(found)} tensors within {TOLERANCE:g} of PyTorch"
+        )
+    if bad:
+        raise typer.Exit(1)
 
 
 @app.command()

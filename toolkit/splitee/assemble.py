@@ -76,7 +76,8 @@ class Assembly:
             )
             self._network = Network(self._model, self.dataset.shape)
             self._exits = {c.name: Exit(_image(c), self.dataset.classes) for c in self.cuts}
-        parts = data.shards(self.dataset.train, [c.share for c in fleet.client], fleet.seed)
+        train = self.dataset.train[: fleet.data.samples]
+        parts = data.shards(train, [c.share for c in fleet.client], fleet.seed)
         self._shards = dict(zip((c.name for c in fleet.client), parts, strict=True))
         for client, images in self._shards.items():
             if len(images) == 0:

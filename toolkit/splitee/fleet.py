@@ -33,6 +33,7 @@ class DataTable(_Table):
     """The data and its shards."""
 
     name: str = "digits"
+    samples: Annotated[int, Field(ge=1)] | None = None  # training images used; None: all
 
 
 class OptimizerTable(_Table):
