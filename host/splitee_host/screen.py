@@ -86,9 +86,7 @@ class Screen:
                     self._console.print(_plain(event), highlight=False)
             case ClientLost():
                 line.lost = event.reason
-                self._console.print(
-                    Text(f"{event.client}: lost in round {event.round}: {event.reason}", "red")
-                )
+                self._console.print(Text(f"lost in round {event.round}: {event.reason}", "red"))
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)
