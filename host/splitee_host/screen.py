@@ -124,7 +124,7 @@ def final_table(clients: Sequence[ClientSummary]) -> Table:
         table.add_column(name, overflow="fold")
     for name in (
         "para-\nmeters", "arena\nbytes", "flash\nbytes", "bytes up\na sample", "ms a\nsample",
-        "exit\ntest", "server\ntest",
+        "exit\naccuracy", "server\naccuracy",
     ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for c in clients:

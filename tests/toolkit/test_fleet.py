@@ -57,7 +57,7 @@ def test_a_good_file_says_what_it_says() -> None:
         "gradient": "both", "exit_weight": 0.25, "aggregate": "all", "exits": "upto", "period": 2,
         "entropy": 0.4, "rejoin_within": 1.5,
         "model": {"name": "resnet20", "width": 8, "norm": "group"},
-        "data": {"name": "digits"},
+        "data": {"name": "digits", "samples": None},
         "optimizer": {"learning_rate": 0.1, "momentum": 0.0, "weight_decay": 1e-4},
         "client": [
             {"name": "board", "board": "qemu-m4", "link": "serial:/dev/ttyACM0", "cut": "layer1",

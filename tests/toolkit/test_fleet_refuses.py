@@ -14,7 +14,7 @@ KEYS = {
     "": "name, seed, rounds, batch, strategy, gradient, exit_weight, aggregate, exits, period, "
     "entropy, rejoin_within, model, data, optimizer, client",
     "model": "name, width, norm",
-    "data": "name",
+    "data": "name, samples",
     "optimizer": "learning_rate, momentum, weight_decay",
     "client": "name, board, link, cut, capacity, share",
 }
