@@ -53,12 +53,14 @@ def pools() -> nn.Module:
     )
 
 
-def case(kind: str, *, capacity: int = 8, samples: int = 24, momentum: bool = True) -> Case:
+def case(
+    kind: str, *, width: int = 6, capacity: int = 8, samples: int = 24, momentum: bool = True
+) -> Case:
     """resnet8 up to layer2, or the network of pools up to its second stage, exits at every cut."""
     torch.manual_seed(7)
     if kind == "resnet8":
         shape, classes, depth = (1, 8, 8), 10, 3
-        model: nn.Module = zoo.build("resnet8", width=6, norm="group", channels=1)
+        model: nn.Module = zoo.build("resnet8", width=width, norm="group", channels=1)
     else:
         shape, classes, depth = (2, 13, 11), 3, 2
         model = pools()
@@ -85,6 +87,14 @@ def case(kind: str, *, capacity: int = 8, samples: int = 24, momentum: bool = Tr
     )
     weights = {n: t.detach().numpy().copy() for n, t in segment.tensors().items()}
     return Case(segment, build, images, State(weights, {}, Place(samples, seed=5)))
+
+
+def case_on(board: str, kind: str) -> Case:
+    """The case, or a narrower one where the board has too little memory for it."""
+    the_case = case(kind)
+    room = boards.load_boards()[board].for_assembly.room
+    assert room is not None
+    return the_case if the_case.build.shortage(room) is None else case(kind, width=4, capacity=6)
 
 
 def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:

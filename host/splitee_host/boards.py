@@ -42,7 +42,9 @@ _PACKAGES = {
     "make": "make",
     "gcc": "gcc libc6-dev",
     "arm-none-eabi-gcc": "gcc-arm-none-eabi picolibc-arm-none-eabi",
+    "riscv64-unknown-elf-gcc": "gcc-riscv64-unknown-elf picolibc-riscv64-unknown-elf",
     "qemu-system-arm": "qemu-system-arm",
+    "qemu-system-riscv32": "qemu-system-misc",
 }
 """Debian's packages that bring a tool."""
 
@@ -58,7 +60,14 @@ class Qemu:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    machine: str  # qemu-system-arm -machine
+    machine: str  # its option -machine
+    arch: Literal["arm", "riscv32"] = "arm"
+    options: tuple[str, ...] = ()  # further ones
+
+    @property
+    def program(self) -> str:
+        """The QEMU that emulates this architecture."""
+        return f"qemu-system-{self.arch}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,9 @@ class Board:
     link: Literal["serial", "udp", "tcp", "memory"]
     stands_for: str = ""
     receive_max: int = 0  # largest body of a frame that it receives
+    flash_start: int = 0  # address
     flash_bytes: int = 0
+    ram_start: int = 0  # address
     ram_bytes: int = 0
     stack_bytes: int = 0
     code_bytes: int = 0  # flash of the firmware without a segment; a test holds it to be enough
@@ -183,7 +194,9 @@ def build(
         "CROSS": board.prefix,
         "BOARD_CFLAGS": " ".join(board.cflags),
         "BOARD_LDFLAGS": " ".join(board.ldflags),
+        "FLASH_START": hex(board.flash_start),
         "FLASH_BYTES": str(board.flash_bytes),
+        "RAM_START": hex(board.ram_start),
         "RAM_BYTES": str(board.ram_bytes),
         "STACK_BYTES": str(board.stack_bytes),
         "RECEIVE_MAX": str(board.receive_max),
@@ -235,9 +248,9 @@ def _failure(board: Board, said: str) -> SpliteeError:
     if missing := re.findall(r"region `?(\w+)' overflowed by (\d+) bytes", said):
         return _misfit(board, {region: int(size) for region, size in missing})
     if re.search(r"cannot read spec file '\S*picolibc", said):
+        package = f"picolibc-{board.prefix}".removesuffix("-")
         return MissingTool(
-            "picolibc is not installed: `make setup`, or "
-            "`sudo apt-get install picolibc-arm-none-eabi`"
+            f"picolibc is not installed: `make setup`, or `sudo apt-get install {package}`"
         )
     lines = [line for line in said.splitlines() if line.strip()]
     telling = re.compile(r"\berror: (?!ld returned)|undefined reference|\bld: (?!.*in function)")
@@ -402,9 +415,10 @@ def _start_qemu(board: Board, qemu: Qemu, firmware: Firmware, options: Sequence[
     a second, and drops what is sent until then. mux=on hands the UART 32 bytes at a time instead
     of one, three times as fast downwards; -echr turns off the escape character that comes with it.
     """
-    _require("qemu-system-arm")
+    _require(qemu.program)
     command = [
-        *("qemu-system-arm", *options, "-machine", qemu.machine, "-kernel", str(firmware.elf)),
+        *(qemu.program, *qemu.options, *options),
+        *("-machine", qemu.machine, "-kernel", str(firmware.elf)),
         *("-display", "none", "-monitor", "none", "-chardev", "stdio,id=link,mux=on,signal=off"),
         *("-serial", "chardev:link", "-echr", "0x1ff"),
     ]

@@ -15,11 +15,14 @@ from splitee.data import draw_order
 from splitee.errors import MissingTool
 from splitee.ops import Array
 from splitee_exporters.c import to_c
+from splitee_host.boards import load_boards
 from splitee_host.verify import TOLERANCE, names, relative_error, step_in_torch, step_on_device
-from step_harness import SETTINGS, Case, case, device, local
+from step_harness import SETTINGS, Case, case, case_on, device, local
 
-BOARDS = ("posix", "qemu-m4")
+BOARDS = [n for n, b in load_boards().items() if b.port == "posix" or b.qemu is not None]
 GRADIENTS = ("local", "server", "both")
+EVERY_MODE = ("posix", "qemu-m4")  # the others run "both", which has all that the two have
+STEPS = [(b, g) for b in BOARDS for g in (GRADIENTS if b in EVERY_MODE else ("both",))]
 COUNT = 5  # samples in the step: less than the capacity, and odd
 
 
@@ -38,7 +41,7 @@ def both_sides(
     kind: str, board: str, mode: str, folder: Path
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """The tensors of one step: the board's and PyTorch's."""
-    the_case = case(kind)
+    the_case = case_on(board, kind)
     settings = settings_of(mode)
     shape = the_case.build.graph.shapes[the_case.build.graph.cut]
     sent = None
@@ -60,8 +63,7 @@ def in_torch(the_case: Case, settings: Settings, sent: torch.Tensor | None) -> d
 
 
 @pytest.mark.parametrize("name", names(case("resnet8").build))
-@pytest.mark.parametrize("mode", GRADIENTS)
-@pytest.mark.parametrize("board", BOARDS)
+@pytest.mark.parametrize(("board", "mode"), STEPS)
 def test_a_resnet_step_equals_pytorch(board: str, mode: str, name: str, folder: Path) -> None:
     mine, reference = both_sides("resnet8", board, mode, folder)
     assert relative_error(mine, reference, name) <= TOLERANCE
@@ -74,7 +76,7 @@ def test_a_step_through_pools_equals_pytorch(board: str, name: str, folder: Path
     assert relative_error(mine, reference, name) <= TOLERANCE
 
 
-@pytest.mark.parametrize("board", BOARDS)
+@pytest.mark.parametrize("board", EVERY_MODE)
 def test_the_losses_of_fifty_steps_agree(board: str, folder: Path) -> None:
     the_case = case("resnet8")
     settings = replace(SETTINGS, learning_rate=0.01)

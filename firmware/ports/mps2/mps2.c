@@ -1,11 +1,11 @@
-// mps2.c: the port for Arm's MPS2 boards with a Cortex-M3, M4 or M7 (as QEMU emulates them):
-// frames over UART0, time from SysTick.
+// mps2.c: the port for Arm's MPS2 and MPS3 boards with a Cortex-M3, M4, M7, M33 or M55 (as QEMU
+// emulates them): frames over UART0, time from SysTick.
 #include "ports/mps2/mps2.h"
 
-#include "core/port.h"      // what this file implements
-#include "protocol/frame.h" // sizes
+#include "core/port.h"          // what this file implements
+#include "ports/mps2/machine.h" // addresses, clocks
+#include "ports/ring.h"         // bytes received
 
-#define CLOCK_HZ 25000000u
 #define BAUD_RATE 115200u
 
 // CMSDK APB UART (Arm DDI 0479): one byte of buffer in each direction.
@@ -16,7 +16,7 @@ struct uart {
     uint32_t interrupt; // reads which are raised, clears those written as 1
     uint32_t divider;
 };
-#define UART0 ((volatile struct uart *)0x40004000u)
+#define UART0 ((volatile struct uart *)UART0_ADDRESS)
 #define UART_TX_FULL 0x1u
 #define UART_RX_FULL 0x2u
 #define UART_TX_ENABLE 0x1u
@@ -24,29 +24,21 @@ struct uart {
 #define UART_RX_INTERRUPT_ENABLE 0x8u
 #define UART_RX_INTERRUPT 0x2u
 
-// ARMv7-M system registers.
+// System registers of Armv7-M and later.
 #define SYSTICK_CONTROL (*(volatile uint32_t *)0xE000E010u)
 #define SYSTICK_RELOAD (*(volatile uint32_t *)0xE000E014u)
 #define SYSTICK_VALUE (*(volatile uint32_t *)0xE000E018u)
-#define NVIC_ENABLE (*(volatile uint32_t *)0xE000E100u)
-#define NVIC_PEND (*(volatile uint32_t *)0xE000E200u)
+#define NVIC_ENABLE ((volatile uint32_t *)0xE000E100u) // a bit for each interrupt
+#define NVIC_PEND ((volatile uint32_t *)0xE000E200u)
 #define INTERRUPT_CONTROL (*(volatile uint32_t *)0xE000ED04u)
 #define SYSTICK_PENDING (1u << 26)
-#define UART0_RX_LINE 0x1u // interrupt 0
 
 // SysTick counts down 24 bits: two turns a second leave it some room.
 #define TURN_MICROS 500000u
-#define TICKS_PER_MICRO (CLOCK_HZ / 1000000u)
+#define TICKS_PER_MICRO (CORE_HZ / 1000000u)
 #define TURN_TICKS (TURN_MICROS * TICKS_PER_MICRO)
 
-// Bytes received and not yet read. Both counters run freely; their difference is what it holds.
-// While the device computes, a whole request finds room: COBS adds a byte to 254, and two more.
-#define RING_SIZE 2048u
-#define FRAME_MAX (FRAME_HEADER_SIZE + RECEIVE_MAX + FRAME_CRC_SIZE)
-_Static_assert(FRAME_MAX + FRAME_MAX / 254 + 2 <= RING_SIZE, "a frame does not fit the ring");
-static volatile uint8_t ring[RING_SIZE];
-static volatile uint32_t ring_written, ring_read;
-
+static struct ring ring;
 static volatile uint32_t turns; // of SysTick
 
 // A UART sets no limit; a frame that is spoilt on a real line costs this much to send again.
@@ -58,35 +50,30 @@ void port_init(int argc, char **argv) {
     SYSTICK_RELOAD = TURN_TICKS - 1;
     SYSTICK_VALUE = 0;
     SYSTICK_CONTROL = 0x7; // on, with interrupt, from the core's clock
-    UART0->divider = CLOCK_HZ / BAUD_RATE;
+    UART0->divider = UART0_HZ / BAUD_RATE;
     UART0->control = UART_TX_ENABLE | UART_RX_ENABLE | UART_RX_INTERRUPT_ENABLE;
     // QEMU keeps what was sent before this line until somebody reads.
     (void)UART0->data;
-    NVIC_ENABLE = UART0_RX_LINE;
+    NVIC_ENABLE[UART0_RECEIVE / 32] = 1u << UART0_RECEIVE % 32;
 }
 
 // When the ring is full the byte stays in the UART; port_read raises the interrupt again.
 void mps2_uart_interrupt(void) {
     UART0->interrupt = UART_RX_INTERRUPT; // first: a byte from here on raises it again
-    while ((UART0->state & UART_RX_FULL) != 0 && ring_written - ring_read < RING_SIZE) {
-        ring[ring_written % RING_SIZE] = (uint8_t)UART0->data;
-        ring_written++;
+    while ((UART0->state & UART_RX_FULL) != 0 && !ring_is_full(&ring)) {
+        ring_put(&ring, (uint8_t)UART0->data);
     }
 }
 
 size_t port_read(uint8_t *buffer, size_t size) {
     // Masked, an interrupt still ends wfi, and none can slip in between the look and the sleep.
     __asm volatile("cpsid i" ::: "memory");
-    while (ring_read == ring_written) {
+    while (ring_is_empty(&ring)) {
         __asm volatile("wfi\n\tcpsie i\n\tisb\n\tcpsid i" ::: "memory");
     }
     __asm volatile("cpsie i" ::: "memory");
-    size_t count = 0;
-    while (count < size && ring_read != ring_written) {
-        buffer[count++] = ring[ring_read % RING_SIZE];
-        ring_read++;
-    }
-    NVIC_PEND = UART0_RX_LINE;
+    const size_t count = ring_get(&ring, buffer, size);
+    NVIC_PEND[UART0_RECEIVE / 32] = 1u << UART0_RECEIVE % 32;
     return count;
 }
 

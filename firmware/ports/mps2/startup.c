@@ -1,9 +1,10 @@
-// startup.c: what runs before main on an MPS2 board: vector table, FPU, .data and .bss.
+// startup.c: what runs before main on an MPS2 or MPS3 board: vector table, FPU, .data and .bss.
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#include "ports/mps2/mps2.h" // the interrupts
+#include "ports/mps2/machine.h" // where UART0's interrupt stands
+#include "ports/mps2/mps2.h"    // the interrupts
 
 // Places that mps2.ld defines.
 extern uint8_t data_start[], data_end[], data_load[], bss_start[], bss_end[], stack_top[];
@@ -23,7 +24,7 @@ _Noreturn void startup_fault(void) {
 _Noreturn void startup_reset(void) {
 #ifdef __ARM_FP
     volatile uint32_t *const cpacr = (volatile uint32_t *)0xE000ED88u;
-    *cpacr |= 0xFu << 20; // the FPU is off after reset
+    *cpacr |= 0xFu << 20; // the FPU, and vectors with it, are off after reset
     __asm volatile("dsb\n\tisb" ::: "memory");
 #endif
     memcpy(data_start, data_load, (size_t)(data_end - data_start));
@@ -46,14 +47,14 @@ __attribute__((section(".vectors"), used)) static const union vector vectors[] =
     {.code = startup_fault}, // MemManage
     {.code = startup_fault}, // BusFault
     {.code = startup_fault}, // UsageFault
-    {.code = startup_fault}, // 4 reserved ones
-    {.code = startup_fault},
+    {.code = startup_fault}, // SecureFault on Armv8-M, otherwise reserved
+    {.code = startup_fault}, // 3 reserved ones
     {.code = startup_fault},
     {.code = startup_fault},
     {.code = startup_fault}, // SVCall
     {.code = startup_fault}, // DebugMonitor
     {.code = startup_fault}, // reserved
     {.code = startup_fault}, // PendSV
-    {.code = mps2_systick_interrupt},
-    {.code = mps2_uart_interrupt}, // interrupt 0: UART0 receive; no other is ever enabled
+    [15] = {.code = mps2_systick_interrupt},
+    [16 + UART0_RECEIVE] = {.code = mps2_uart_interrupt}, // no other is ever enabled
 };
