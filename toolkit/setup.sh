@@ -21,10 +21,11 @@ has_libc_headers() {
     has gcc && echo '#include <stdio.h>' | gcc -E -x c - >/dev/null 2>&1
 }
 
+# Whether a compiler has picolibc: it answers with a path when it finds the file, otherwise with the
+# bare name.
 has_picolibc() {
-    # gcc answers with a path when it finds the file, otherwise with the bare name.
-    has arm-none-eabi-gcc || return 1
-    case $(arm-none-eabi-gcc -print-file-name=picolibc.specs) in
+    has "$1" || return 1
+    case $("$1" -print-file-name=picolibc.specs) in
     */*) ;;
     *) return 1 ;;
     esac
@@ -35,9 +36,15 @@ missing_packages() {
     has gcc || echo 'gcc: compiles devices that run on this machine (make demo, make test)'
     has_libc_headers || echo 'libc6-dev: the C library for them (make demo, make test)'
     can_make_venv || echo "$venv_package: makes .venv, where the Python packages go"
-    has arm-none-eabi-gcc || echo 'gcc-arm-none-eabi: compiles firmware for boards'
-    has_picolibc || echo 'picolibc-arm-none-eabi: the C library for boards'
-    has qemu-system-arm || echo 'qemu-system-arm: emulates boards'
+    has arm-none-eabi-gcc || echo 'gcc-arm-none-eabi: compiles firmware for Arm boards'
+    has_picolibc arm-none-eabi-gcc ||
+        echo 'picolibc-arm-none-eabi: the C library for them'
+    has qemu-system-arm || echo 'qemu-system-arm: emulates them'
+    has riscv64-unknown-elf-gcc ||
+        echo 'gcc-riscv64-unknown-elf: compiles firmware for RISC-V boards'
+    has_picolibc riscv64-unknown-elf-gcc ||
+        echo 'picolibc-riscv64-unknown-elf: the C library for them'
+    has qemu-system-riscv32 || echo 'qemu-system-misc: emulates them'
     has gdb-multiarch || echo 'gdb-multiarch: loads firmware into emulated boards'
     has clang-format || echo 'clang-format: the form of the C (make check, make format)'
 }
@@ -65,7 +72,7 @@ install_packages() {
     tried=build/cache/packages-tried
     names=$(names_of "$missing")
     if find_sudo && [ "$names" != "$(cat $tried 2>/dev/null)" ]; then
-        say 'installing them (1.5 GB if it is all of them)'
+        say 'installing them (3 GB if it is all of them)'
         # A list that cannot be renewed may still do. $names is several words.
         $sudo apt-get update -q >&2 || true
         $sudo env DEBIAN_FRONTEND=noninteractive \
