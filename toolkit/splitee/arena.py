@@ -27,6 +27,11 @@ def gradient(tensor: str) -> str:
     return f"d({tensor})"
 
 
+def scratch(op: Op, action: str) -> str:
+    """A buffer that a step of an operation has for itself."""
+    return f"{op.name}:{action} scratch"
+
+
 def saved(op: Op, name: str) -> str:
     """A buffer that forward leaves for backward, such as the mean of a norm."""
     return f"{op.name}:{name}"
@@ -67,6 +72,15 @@ def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
     def at(tensor: str) -> str:
         return alias.get(tensor, tensor)
 
+    def own(op: Op, action: str) -> tuple[str, ...]:
+        """The scratch of a step, if it needs any."""
+        x, out = graph.shapes[op.inputs[0]], graph.shapes[op.name]
+        size = OPS[op.kind].scratch(op.attrs, x, out)
+        if size == 0:
+            return ()
+        sizes[scratch(op, action)] = size
+        return (scratch(op, action),)
+
     sizes = {t: 4 * capacity * graph.elements(t) for t in graph.shapes if t not in alias}
     forward = []
     for op in graph.ops:
@@ -77,7 +91,7 @@ def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
         }
         sizes |= {name: capacity * size for name, size in keeps.items()}
         reads = tuple(at(i) for i in op.inputs)
-        forward.append(Step("forward", op, reads=reads, writes=(op.name, *keeps)))
+        forward.append(Step("forward", op, reads=reads, writes=(op.name, *keeps, *own(op, "forward"))))
     forward.append(Step("send", reads=(graph.cut, graph.logits)))
     infer_end = len(forward)
 
@@ -109,7 +123,14 @@ def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
         if not targets and not op.weights:
             continue
         adds = (*targets, GRADIENTS) if op.weights else targets
-        step = Step("backward", op, reads=tuple(needed), clears=starting(*targets), adds=adds)
+        step = Step(
+            "backward",
+            op,
+            reads=tuple(needed),
+            writes=own(op, "backward"),
+            clears=starting(*targets),
+            adds=adds,
+        )
         backward.append(step)
     steps = (*forward, *losses, *backward)
 
