@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from splitee_host.boards import Board
 
 PARTS = ("forward", "dweight", "dinput", "update", "step", "step_without_dinput")
 REPEATS = 8  # as in firmware/bench/kernels.c
+MEMORY = 1 << 19  # bytes of RAM, and of flash
 PATIENCE = 300.0  # seconds for the whole program
 
 # QEMU's -icount shift: nanoseconds of virtual time that an instruction takes, as a power of two.
@@ -36,10 +38,10 @@ def kernels(board: Board, folder: Path) -> list[dict[str, Any]]:
         str(p.relative_to(boards.firmware_root()))
         for p in sorted(boards.firmware_root().glob("kernels/**/*.c"))
     )
-    # the emulator has memory to spare; what a board stands for is not measured here
-    overrides = {"PROGRAM": sources, "RAM_BYTES": str(4 << 20), "FLASH_BYTES": str(4 << 20)}
-    firmware = boards.build(board, folder, folder, overrides=overrides)
-    lines = _run(board, firmware)
+    # the emulator has more memory than the part that the board stands for
+    roomy = replace(board, ram_bytes=MEMORY, flash_bytes=MEMORY)
+    firmware = boards.build(roomy, folder, folder, overrides={"PROGRAM": sources})
+    lines = _run(roomy, firmware)
     rows = []
     for line in lines:
         kernel, shape, macs, scratch, *micros = line.split()
@@ -51,6 +53,7 @@ def kernels(board: Board, folder: Path) -> list[dict[str, Any]]:
                 "shape": shape,
                 "macs": int(macs),
                 "scratch_bytes": int(scratch),
+                "compiler": compiler(board),
                 "instructions": dict(zip(PARTS, counts, strict=True)),
             }
         )
