@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -89,6 +89,14 @@ LARGER = {
     "1x1 stride 2 large": Image((70, 65), (1, 1), (2, 2), channels=5, out=6),
 }
 IMAGES = CONVOLUTIONS | LARGER
+EACH_ALONE = CONVOLUTIONS | {
+    "stride 2": Image((16, 16), (3, 3), (2, 2), (1, 1), channels=7),
+    "stride 2 padding 3": Image((9, 10), (3, 3), (2, 2), (3, 3), channels=6),
+    "rows in two bands": Image((40, 30), (3, 3), padding=(1, 1), channels=2),
+    "rows in two bands stride 2": Image((41, 39), (3, 3), (2, 2), (1, 1), channels=2),
+    "as wide as fits": Image((5, 330), (3, 3), padding=(1, 1), channels=2),
+    "too wide": Image((5, 400), (3, 3), padding=(1, 1), channels=2),
+}
 TENSORS = ["y", "dx", "dw", "db", "dw alone"]
 
 
@@ -97,8 +105,7 @@ def convolution(
 ) -> Pairs:
     """Both passes; "dw alone" is dw where neither dx nor db is wanted."""
     generator = np.random.default_rng(seed)
-    n, out = case.n, case.out if groups == 1 else groups
-    s = case.window(out)
+    s, n, out = case.window(case.out), case.n, case.out
     x = randoms(generator, n, case.channels, *case.size)
     w = randoms(generator, out, case.channels // groups, *case.kernel)
     b = randoms(generator, out)
@@ -125,6 +132,7 @@ def convolution(
 
 
 def depthwise(kernels: Kernels, case: Image, seed: int = 1) -> Pairs:
+    case = replace(case, out=case.channels)
     return convolution(kernels, case, seed, name="depthwise", groups=case.channels)
 
 
@@ -154,7 +162,7 @@ def test_convolution_agrees_with_pytorch(kernels: Kernels, case: Image, tensor: 
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
-@pytest.mark.parametrize("case", IMAGES.values(), ids=IMAGES.keys())
+@pytest.mark.parametrize("case", EACH_ALONE.values(), ids=EACH_ALONE.keys())
 def test_depthwise_convolution_agrees_with_pytorch(
     kernels: Kernels, case: Image, tensor: str
 ) -> None:
@@ -253,9 +261,7 @@ def linear(kernels: Kernels, case: tuple[int, int, int]) -> Pairs:
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
-@pytest.mark.parametrize(
-    "case", (LAYERS | MORE_LAYERS).values(), ids=(LAYERS | MORE_LAYERS).keys()
-)
+@pytest.mark.parametrize("case", (LAYERS | MORE_LAYERS).values(), ids=(LAYERS | MORE_LAYERS).keys())
 def test_linear_agrees_with_pytorch(
     kernels: Kernels, case: tuple[int, int, int], tensor: str
 ) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
 
 from splitee.graph import Graph, Op
 from splitee.ops import OPS
 
+ATTEMPTS = 300  # at a better plan than the first
 ALIGNMENT = 16  # bytes: the widest vector load of a Cortex-M (MVE)
 
 GRADIENTS = "gradients"  # one buffer with the gradient of every parameter
@@ -91,7 +93,9 @@ def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
         }
         sizes |= {name: capacity * size for name, size in keeps.items()}
         reads = tuple(at(i) for i in op.inputs)
-        forward.append(Step("forward", op, reads=reads, writes=(op.name, *keeps, *own(op, "forward"))))
+        forward.append(
+            Step("forward", op, reads=reads, writes=(op.name, *keeps, *own(op, "forward")))
+        )
     forward.append(Step("send", reads=(graph.cut, graph.logits)))
     infer_end = len(forward)
 
@@ -169,7 +173,11 @@ def _up(size: int) -> int:
 
 
 def plan(schedule: Schedule) -> Plan:
-    """The smallest of several greedy plans: each buffer in turn takes the lowest place free."""
+    """The smallest plan found; greedy, each buffer in turn takes the lowest place free.
+
+    Several orders are tried. Where none reaches the lower bound, the order of the best is changed
+    in turn: whatever ends highest is placed earlier.
+    """
     spans = lifetimes(schedule)
     sizes = {name: _up(schedule.sizes[name]) for name in spans}
     alive = [
@@ -182,9 +190,21 @@ def plan(schedule: Schedule) -> Plan:
         lambda n: (spans[n][0], -sizes[n]),
         lambda n: (-(spans[n][1] - spans[n][0]), -sizes[n]),
     ]
-    plans = [_place(sorted(spans, key=order), spans, sizes) for order in orders]
-    best = min(plans, key=lambda p: p[1])
-    return Plan(best[0], best[1], max(alive))
+    tried = [sorted(spans, key=order) for order in orders]
+    offsets, size, order = min(
+        ((*_place(order, spans, sizes), order) for order in tried), key=lambda found: found[1]
+    )
+    random = Random(0)  # the same plan every time
+    for _ in range(ATTEMPTS):
+        if size == max(alive):
+            break
+        place = random.choice([i for i, n in enumerate(order) if offsets[n] + sizes[n] == size])
+        changed = order[:place] + order[place + 1 :]
+        changed.insert(random.randrange(place + 1), order[place])
+        found = _place(changed, spans, sizes)
+        if found[1] <= size:
+            (offsets, size), order = found, changed
+    return Plan(offsets, size, max(alive))
 
 
 def _place(

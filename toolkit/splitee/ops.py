@@ -70,7 +70,7 @@ SCRATCH_MAX = 4096  # bytes
 
 
 def _conv2d_scratch(attrs: Attrs, x: Shape, out: Shape) -> int:
-    """``fast_conv2d_scratch`` of firmware/kernels/fast/fast.h, in bytes; a test compares the two."""
+    """``fast_conv2d_scratch`` of fast.h, in bytes; a test compares the two."""
     _, height, width = x
     rows, columns = attrs["padding"]
     whole: int = max(x[0], out[0]) * (height + 2 * rows + 2) * (width + 2 * columns + 6)
