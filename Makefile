@@ -3,7 +3,7 @@
 venv := .venv/bin
 c_files = $(shell find firmware tests -name '*.[ch]')
 
-.PHONY: help setup demo test check lint types format clean
+.PHONY: help setup demo test bench-kernels check lint types format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -16,6 +16,9 @@ demo: setup ## train one network across several devices, all of them on this mac
 
 test: setup ## run the tests
 	@$(venv)/pytest
+
+bench-kernels: setup ## count what each kernel costs on the emulated board
+	@$(venv)/splitee bench kernels --board qemu-m4
 
 check: lint types test ## everything that continuous integration checks
 

@@ -123,28 +123,31 @@ class _Writer:
 
     def conv2d_forward(self, op: Op) -> str:
         return (
-            f"conv2d_forward({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
-            f"{self.weight(op, 'weight')}, {self.weight(op, 'bias')}, &{self.window(op)}, n)"
+            f"fast_conv2d_forward({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
+            f"{self.weight(op, 'weight')}, {self.weight(op, 'bias')}, &{self.window(op)}, n, "
+            f"{self.buffer(arena.scratch(op, 'forward'))})"
         )
 
     def conv2d_backward(self, op: Op) -> str:
         return (
-            f"conv2d_backward({self.input_gradient(op)}, {self.weight_gradient(op, 'weight')}, "
-            f"{self.weight_gradient(op, 'bias')}, {self.buffer(gradient(op.name))}, "
-            f"{self.buffer(op.inputs[0])}, {self.weight(op, 'weight')}, &{self.window(op)}, n)"
+            f"fast_conv2d_backward({self.input_gradient(op)}, "
+            f"{self.weight_gradient(op, 'weight')}, {self.weight_gradient(op, 'bias')}, "
+            f"{self.buffer(gradient(op.name))}, {self.buffer(op.inputs[0])}, "
+            f"{self.weight(op, 'weight')}, &{self.window(op)}, n, "
+            f"{self.buffer(arena.scratch(op, 'backward'))})"
         )
 
     def linear_forward(self, op: Op) -> str:
         inputs, outputs = self.graph.elements(op.inputs[0]), self.graph.elements(op.name)
         return (
-            f"linear_forward({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
+            f"fast_linear_forward({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
             f"{self.weight(op, 'weight')}, {self.weight(op, 'bias')}, {inputs}, {outputs}, n)"
         )
 
     def linear_backward(self, op: Op) -> str:
         inputs, outputs = self.graph.elements(op.inputs[0]), self.graph.elements(op.name)
         return (
-            f"linear_backward({self.input_gradient(op)}, {self.weight_gradient(op, 'weight')}, "
+            f"fast_linear_backward({self.input_gradient(op)}, {self.weight_gradient(op, 'weight')}, "
             f"{self.weight_gradient(op, 'bias')}, {self.buffer(gradient(op.name))}, "
             f"{self.buffer(op.inputs[0])}, {self.weight(op, 'weight')}, {inputs}, {outputs}, n)"
         )
@@ -248,6 +251,7 @@ class _Writer:
             "",
             "#include <string.h>",
             "",
+            '#include "kernels/fast/fast.h"',
             '#include "kernels/kernels.h"',
             "",
             f"// {plan.size} bytes planned; {plan.lower_bound} are alive at once at most.",

@@ -9,6 +9,7 @@
 #include "core/order.h"        // data order
 #include "core/port.h"         // link and clock
 #include "core/segment.h"      // the network
+#include "kernels/fast/fast.h" // fast_sgd_step
 #include "kernels/kernels.h"   // normalize_forward, sgd_step
 #include "protocol/frame.h"    // frames
 #include "protocol/messages.h" // what stands in them
@@ -293,8 +294,8 @@ static void on_step(const uint8_t *body, size_t size) {
         return;
     }
     const uint32_t before = port_micros();
-    sgd_step(segment.weights, segment.momentum, segment.gradients, settings.learning_rate,
-             settings.momentum, settings.weight_decay, segment.parameter_size);
+    fast_sgd_step(segment.weights, segment.momentum, segment.gradients, settings.learning_rate,
+                  settings.momentum, settings.weight_decay, segment.parameter_size);
     compute_micros += port_micros() - before;
     place.steps++;
     phase = IDLE;

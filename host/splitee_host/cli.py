@@ -1,4 +1,4 @@
-"""The command line: `splitee boards | plan | build | train | eval | verify | client`."""
+"""The command line: `splitee boards | plan | build | train | eval | verify | bench | client`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+bench_app = typer.Typer(help="Measure a board.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 FleetFile = Annotated[Path, typer.Argument(help="The fleet file (TOML).", metavar="FLEET")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -438,6 +441,41 @@ def verify(
         )
     if bad:
         raise typer.Exit(1)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    board: Annotated[str, typer.Option(help="An emulated board.")] = "qemu-m4",
+    as_json: Json = False,
+) -> None:
+    """Count the instructions that each kernel takes in one training step of one sample."""
+    from rich.table import Table
+
+    from splitee_host.bench import PARTS, kernels
+    from splitee_host.boards import load_boards, look_up
+
+    known = look_up(load_boards(), board)
+    rows = kernels(known, BUILD / f"{known.name}-kernels")
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    typer.echo(f"instructions on {board}, {rows[0]['compiler']}; a step is forward to update")
+    table = Table(box=None)
+    table.add_column("kernel")
+    table.add_column("shape")
+    for name in (*PARTS, "a MAC", "scratch bytes"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        counts = row["instructions"]
+        per_mac = f"{counts['step'] / 3 / row['macs']:.2f}" if row["macs"] else ""
+        table.add_row(
+            row["kernel"],
+            row["shape"],
+            *(f"{counts[part]:,}" for part in PARTS),
+            per_mac,
+            f"{row['scratch_bytes']:,}",
+        )
+    _console().print(table)
 
 
 @app.command()

@@ -77,11 +77,18 @@ class Kernels:
             if isinstance(argument, np.ndarray):
                 _assert_guards_hold(argument)
 
+    def size(self, name: str, s: Window) -> int:
+        """What a function that makes a size_t of a window says."""
+        function = self._library[name]
+        function.restype = ctypes.c_size_t
+        return int(function(ctypes.byref(s)))
+
 
 def build(target: Path, sources: Iterable[Path], flags: tuple[str, ...] = STRICT) -> Kernels:
     """Compiles some of the kernels into a library; warnings are errors, as on a board."""
     sources = list(sources)
-    root = sources[0].parents[1]  # of the firmware, or of a copy with a planted fault
+    # of the firmware, or of a copy with a planted fault
+    root = next(folder.parent for folder in sources[0].parents if folder.name == "kernels")
     command = ["gcc", "-std=c11", "-O2", "-fPIC", "-shared", f"-I{root}", *flags]
     subprocess.run([*command, "-o", str(target), *map(str, sources), "-lm"], check=True)
     return Kernels(ctypes.CDLL(str(target)))

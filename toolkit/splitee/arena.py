@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
 
 from splitee.graph import Graph, Op
 from splitee.ops import OPS
 
+ATTEMPTS = 300  # at a better plan than the first
 ALIGNMENT = 16  # bytes: the widest vector load of a Cortex-M (MVE)
 
 GRADIENTS = "gradients"  # one buffer with the gradient of every parameter
@@ -25,6 +27,11 @@ MOMENTUM = "momentum"
 def gradient(tensor: str) -> str:
     """The buffer of dLoss/dtensor."""
     return f"d({tensor})"
+
+
+def scratch(op: Op, action: str) -> str:
+    """A buffer that a step of an operation has for itself."""
+    return f"{op.name}:{action} scratch"
 
 
 def saved(op: Op, name: str) -> str:
@@ -67,6 +74,15 @@ def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
     def at(tensor: str) -> str:
         return alias.get(tensor, tensor)
 
+    def own(op: Op, action: str) -> tuple[str, ...]:
+        """The scratch of a step, if it needs any."""
+        x, out = graph.shapes[op.inputs[0]], graph.shapes[op.name]
+        size = OPS[op.kind].scratch(op.attrs, x, out)
+        if size == 0:
+            return ()
+        sizes[scratch(op, action)] = size
+        return (scratch(op, action),)
+
     sizes = {t: 4 * capacity * graph.elements(t) for t in graph.shapes if t not in alias}
     forward = []
     for op in graph.ops:
@@ -77,7 +93,9 @@ def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
         }
         sizes |= {name: capacity * size for name, size in keeps.items()}
         reads = tuple(at(i) for i in op.inputs)
-        forward.append(Step("forward", op, reads=reads, writes=(op.name, *keeps)))
+        forward.append(
+            Step("forward", op, reads=reads, writes=(op.name, *keeps, *own(op, "forward")))
+        )
     forward.append(Step("send", reads=(graph.cut, graph.logits)))
     infer_end = len(forward)
 
@@ -109,7 +127,14 @@ def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
         if not targets and not op.weights:
             continue
         adds = (*targets, GRADIENTS) if op.weights else targets
-        step = Step("backward", op, reads=tuple(needed), clears=starting(*targets), adds=adds)
+        step = Step(
+            "backward",
+            op,
+            reads=tuple(needed),
+            writes=own(op, "backward"),
+            clears=starting(*targets),
+            adds=adds,
+        )
         backward.append(step)
     steps = (*forward, *losses, *backward)
 
@@ -148,7 +173,11 @@ def _up(size: int) -> int:
 
 
 def plan(schedule: Schedule) -> Plan:
-    """The smallest of several greedy plans: each buffer in turn takes the lowest place free."""
+    """The smallest plan found; greedy, each buffer in turn takes the lowest place free.
+
+    Several orders are tried. Where none reaches the lower bound, the order of the best is changed
+    in turn: whatever ends highest is placed earlier.
+    """
     spans = lifetimes(schedule)
     sizes = {name: _up(schedule.sizes[name]) for name in spans}
     alive = [
@@ -161,9 +190,21 @@ def plan(schedule: Schedule) -> Plan:
         lambda n: (spans[n][0], -sizes[n]),
         lambda n: (-(spans[n][1] - spans[n][0]), -sizes[n]),
     ]
-    plans = [_place(sorted(spans, key=order), spans, sizes) for order in orders]
-    best = min(plans, key=lambda p: p[1])
-    return Plan(best[0], best[1], max(alive))
+    tried = [sorted(spans, key=order) for order in orders]
+    offsets, size, order = min(
+        ((*_place(order, spans, sizes), order) for order in tried), key=lambda found: found[1]
+    )
+    random = Random(0)  # the same plan every time
+    for _ in range(ATTEMPTS):
+        if size == max(alive):
+            break
+        place = random.choice([i for i, n in enumerate(order) if offsets[n] + sizes[n] == size])
+        changed = order[:place] + order[place + 1 :]
+        changed.insert(random.randrange(place + 1), order[place])
+        found = _place(changed, spans, sizes)
+        if found[1] <= size:
+            (offsets, size), order = found, changed
+    return Plan(offsets, size, max(alive))
 
 
 def _place(

@@ -29,6 +29,8 @@ class Kind:
     macs: Callable[[Shape, Mapping[str, Shape]], int] = lambda out, weights: 0
     keeps_inputs: bool = False  # backward reads the inputs
     keeps_output: bool = False  # backward reads the output
+    # bytes that a pass needs for itself while it runs, whatever the batch
+    scratch: Callable[[Attrs, Shape, Shape], int] = lambda attrs, x, out: 0
     # further tensors that forward assigns for backward: name -> bytes per sample
     saves: Callable[[Attrs, Shape], dict[str, int]] = lambda attrs, out: {}
 
@@ -62,6 +64,17 @@ def _conv2d(attrs: Attrs, inputs: list[Array], weights: Weights) -> Array:
     if "bias" in weights:
         y += weights["bias"][:, None, None]
     return y
+
+
+SCRATCH_MAX = 4096  # bytes
+
+
+def _conv2d_scratch(attrs: Attrs, x: Shape, out: Shape) -> int:
+    """``fast_conv2d_scratch`` of fast.h, in bytes; a test compares the two."""
+    _, height, width = x
+    rows, columns = attrs["padding"]
+    whole: int = max(x[0], out[0]) * (height + 2 * rows + 2) * (width + 2 * columns + 6)
+    return min(4 * whole, SCRATCH_MAX)
 
 
 def _group_norm(attrs: Attrs, inputs: list[Array], weights: Weights) -> Array:
@@ -98,6 +111,7 @@ OPS: dict[str, Kind] = {
         run=_conv2d,
         macs=lambda out, w: math.prod(out) * math.prod(w["weight"][1:]),
         keeps_inputs=True,
+        scratch=_conv2d_scratch,
     ),
     "linear": Kind(
         shape=lambda a, x, w: (w["weight"][0],),

@@ -1,0 +1,170 @@
+// kernels.c: a program that runs every kernel on a list of shapes and writes what each part took.
+//
+// splitee_host/bench.py builds it around a port and the kernels, runs it where virtual time counts
+// instructions, and reads the lines:
+//   kernel shape macs scratch_bytes forward dweight dinput update step step_without_dinput
+// in microseconds times REPEATS; "end" is the last line.
+#include <string.h>
+
+#include "core/port.h"         // clock and link
+#include "kernels/fast/fast.h" // what is measured
+#include "kernels/kernels.h"   // struct window
+
+#define REPEATS 8 // a microsecond is 16 instructions: eight times that is finer than two
+
+#define MAPS 16384 // floats of the largest tensor below
+#define WEIGHTS 9216
+
+static float x[MAPS], dx[MAPS], y[MAPS], dy[MAPS];
+static float w[WEIGHTS], dw[WEIGHTS], b[256], db[256], mean[256], rstd[256];
+static float scratch[FAST_SCRATCH_MAX];
+
+static void fill(float *to, size_t size) {
+    static uint32_t state = 1;
+    for (size_t i = 0; i < size; i++) {
+        state = state * 1664525u + 1013904223u; // Numerical Recipes' generator
+        to[i] = (float)(state >> 8) * (2.0f / 16777216.0f) - 1.0f;
+    }
+}
+
+static void write_text(const char *text) {
+    port_write((const uint8_t *)text, strlen(text));
+}
+
+static void write_number(uint32_t number) {
+    char digits[12];
+    char *at = digits + sizeof digits - 1;
+    *at = '\0';
+    do {
+        *--at = (char)('0' + number % 10);
+        number /= 10;
+    } while (number > 0);
+    write_text(" ");
+    write_text(at);
+}
+
+// What one layer of each kind does in a step, with or without a gradient of its input.
+struct layer {
+    const char *kernel, *shape;
+    uint32_t macs;
+    struct window window; // of a convolution; in_channels and out_channels of a linear layer
+    size_t weights;
+    size_t groups; // of a norm
+};
+
+static void forward(const struct layer *l) {
+    const size_t area = (size_t)l->window.in_height * l->window.in_width;
+    if (strcmp(l->kernel, "conv2d") == 0) {
+        fast_conv2d_forward(y, x, w, b, &l->window, 1, scratch);
+    } else if (strcmp(l->kernel, "linear") == 0) {
+        fast_linear_forward(y, x, w, b, l->window.in_channels, l->window.out_channels, 1);
+    } else if (strcmp(l->kernel, "group_norm") == 0) {
+        group_norm_forward(y, mean, rstd, x, w, b, l->window.in_channels, l->groups, area, 1e-5f,
+                           1);
+    } else {
+        relu_forward(y, x, l->window.in_channels * area);
+    }
+}
+
+static void backward(const struct layer *l, float *to) {
+    const size_t area = (size_t)l->window.in_height * l->window.in_width;
+    if (strcmp(l->kernel, "conv2d") == 0) {
+        fast_conv2d_backward(to, dw, db, dy, x, w, &l->window, 1, scratch);
+    } else if (strcmp(l->kernel, "linear") == 0) {
+        fast_linear_backward(to, dw, db, dy, x, w, l->window.in_channels, l->window.out_channels,
+                             1);
+    } else if (strcmp(l->kernel, "group_norm") == 0) {
+        group_norm_backward(to, dw, db, dy, x, w, mean, rstd, l->window.in_channels, l->groups,
+                            area, 1);
+    } else if (to) {
+        relu_backward(to, dy, y, l->window.in_channels * area);
+    }
+}
+
+static void update(const struct layer *l) {
+    fast_sgd_step(w, NULL, dw, 0.0f, 0.0f, 0.0f, l->weights);
+    fast_sgd_step(b, NULL, db, 0.0f, 0.0f, 0.0f, l->weights ? l->window.out_channels : 0);
+}
+
+// The parts of a step, as bits.
+enum { FORWARD = 1, BACKWARD = 2, INPUT = 4, UPDATE = 8 };
+
+static uint32_t measure(const struct layer *l, unsigned parts) {
+    const uint32_t before = port_micros();
+    for (int i = 0; i < REPEATS; i++) {
+        if (parts & FORWARD) {
+            forward(l);
+        }
+        if (parts & BACKWARD) {
+            backward(l, parts & INPUT ? dx : NULL);
+        }
+        if (parts & UPDATE) {
+            update(l);
+        }
+    }
+    return port_micros() - before;
+}
+
+static void report(const struct layer *l) {
+    fill(x, MAPS);
+    fill(dy, MAPS);
+    fill(w, WEIGHTS);
+    const uint32_t without = measure(l, BACKWARD);
+    write_text(l->kernel);
+    write_text(" ");
+    write_text(l->shape);
+    write_number(l->macs);
+    write_number(strcmp(l->kernel, "conv2d") == 0
+                     ? (uint32_t)(fast_conv2d_scratch(&l->window) * sizeof(float))
+                     : 0);
+    write_number(measure(l, FORWARD));
+    write_number(without);
+    write_number(measure(l, BACKWARD | INPUT) - without);
+    write_number(measure(l, UPDATE));
+    write_number(measure(l, FORWARD | BACKWARD | INPUT | UPDATE));
+    write_number(measure(l, FORWARD | BACKWARD | UPDATE));
+    write_text("\n");
+    port_flush();
+}
+
+// A square layer whose padding keeps the size at stride 1.
+#define WINDOW(in, out, size, k, s)                                                                \
+    {                                                                                              \
+        (in), (size), (size), (out), (size) / (s), (size) / (s), (k), (k), (s), (s), (k) / 2,      \
+            (k) / 2                                                                                \
+    }
+#define CONV2D(in, out, size, k, s, name)                                                          \
+    {                                                                                              \
+        "conv2d", name, (in) * (out) * (k) * (k) * ((size) / (s)) * ((size) / (s)),                \
+            WINDOW(in, out, size, k, s), (in) * (out) * (k) * (k), 0                               \
+    }
+#define LINEAR(in, out, name)                                                                      \
+    { "linear", name, (in) * (out), WINDOW(in, out, 1, 1, 1), (in) * (out), 0 }
+
+static const struct layer layers[] = {
+    CONV2D(3, 16, 32, 3, 1, "3x16x32x32k3"),
+    CONV2D(16, 16, 16, 3, 1, "16x16x16x16k3"),
+    CONV2D(1, 6, 8, 3, 1, "1x6x8x8k3"),
+    CONV2D(16, 32, 16, 3, 2, "16x32x16x16k3s2"),
+    CONV2D(32, 32, 8, 3, 1, "32x32x8x8k3"),
+    CONV2D(16, 32, 16, 1, 1, "16x32x16x16k1"),
+    CONV2D(32, 32, 8, 1, 1, "32x32x8x8k1"),
+    CONV2D(16, 32, 16, 1, 2, "16x32x16x16k1s2"),
+    LINEAR(256, 10, "256x10"),
+    LINEAR(128, 64, "128x64"),
+    {"group_norm", "16x16x16g4", 0, WINDOW(16, 16, 16, 1, 1), 16, 4},
+    {"relu", "16x16x16", 0, WINDOW(16, 16, 16, 1, 1), 0, 0},
+};
+
+int main(int argc, char **argv) {
+    port_init(argc, argv);
+    for (size_t i = 0; i < sizeof layers / sizeof layers[0]; i++) {
+        report(&layers[i]);
+    }
+    write_text("end\n");
+    port_flush();
+    uint8_t byte;
+    for (;;) {
+        (void)port_read(&byte, 1);
+    }
+}
