@@ -55,7 +55,7 @@ static void fill(float *to, size_t size) {
 
 #define POOL 100000 // floats
 #define GUARD 16
-#define ARRAYS 16
+#define ARRAYS 17 // of a layer; a window has 13
 
 static float pool[POOL];
 static size_t used;
@@ -94,7 +94,6 @@ static int guards_hold(void) {
     size_t changed = 0;
     for (size_t i = 0; i < array_count; i++) {
         for (size_t g = 0; g < GUARD; g++) {
-            // before the next array comes its own guard
             changed += memcmp(arrays[i].at - GUARD + g, &nan_bits, sizeof nan_bits) != 0;
             changed += memcmp(arrays[i].at + arrays[i].size + g, &nan_bits, sizeof nan_bits) != 0;
         }
@@ -125,15 +124,16 @@ static struct tensor sum(const char *name, size_t size) {
 }
 
 static int agrees(const struct tensor *t) {
-    float largest = 0, off = 0;
+    float largest = 0;
     for (size_t i = 0; i < t->size; i++) {
-        const float difference = fabsf(t->fast[i] - t->plain[i]);
         largest = fmaxf(largest, fabsf(t->plain[i]));
-        if (!(difference <= off)) { // a NaN stays
-            off = difference;
-        }
     }
-    return off <= 2e-5f * largest + 1e-6f;
+    size_t off = 0;
+    for (size_t i = 0; i < t->size; i++) {
+        // true for NaN too
+        off += !(fabsf(t->fast[i] - t->plain[i]) <= 2e-5f * largest + 1e-6f);
+    }
+    return off == 0;
 }
 
 static void report(const char *kernel, const char *what, const uint32_t *shape, size_t count) {
@@ -188,8 +188,8 @@ static struct window random_window(int depthwise) {
         };
         const uint32_t sees = (depthwise ? 1 : in) * kernel * kernel;
         const uint32_t area = (uint32_t)s.out_height * s.out_width;
-        if (in * height * width <= 6000 && s.out_channels * area <= 6000 &&
-            s.out_channels * area * sees <= 200000) {
+        if (s.out_channels * sees <= 5000 && in * height * width <= 6000 &&
+            s.out_channels * area <= 6000 && s.out_channels * area * sees <= 200000) {
             return s;
         }
     }

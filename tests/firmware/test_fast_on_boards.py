@@ -26,7 +26,7 @@ BuildCheck = Callable[[str], boards.Firmware]
 
 @pytest.fixture
 def check(tmp_path: Path) -> BuildCheck:
-    """Builds the program with the kernels of a tree of firmware sources."""
+    """Builds the program with the kernels of the firmware's tree, at a level of optimization."""
     for tool in (f"{M4.prefix}gcc", "qemu-system-arm"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
@@ -57,16 +57,23 @@ def test_fast_kernels_agree_with_the_plain_ones(check: BuildCheck, optimize: str
     assert run(check(optimize)) == ["windows 140", "layers 50"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "noticed"),
-    [
-        ('LOAD9(v, p) WIDE_LOAD("{%0-%8}"', 'LOAD9(v, p) WIDE_LOAD("{%0-%7}"', "conv2d dw"),
-        ('PUT8(p, v) WIDE_PUT("{%2-%9}"', 'PUT8(p, v) WIDE_PUT("{%2-%8}"', "linear dw"),
-    ],
-    ids=["too few loaded", "too few stored"],
-)
-def test_a_fault_planted_in_the_assembly_is_noticed(
+FAULTS = {  # of the assembly, but for the last: file, text, its change, what has to be reported
+    "too few loaded": (
+        *("wide.h", 'LOAD9(v, p) WIDE_LOAD("{%0-%8}"', 'LOAD9(v, p) WIDE_LOAD("{%0-%7}"'),
+        "conv2d dw",
+    ),
+    "too few stored": (
+        *("wide.h", 'PUT8(p, v) WIDE_PUT("{%2-%9}"', 'PUT8(p, v) WIDE_PUT("{%2-%8}"'),
+        "linear dw",
+    ),
+    "stored behind the end": ("tile.c", "size_t i = left;", "size_t i = 4;", "conv2d guard"),
+}
+
+
+@pytest.mark.parametrize(("file", "old", "new", "noticed"), list(FAULTS.values()), ids=list(FAULTS))
+def test_a_planted_fault_is_noticed(
     check: BuildCheck,
+    file: str,
     old: str,
     new: str,
     noticed: str,
@@ -74,9 +81,9 @@ def test_a_fault_planted_in_the_assembly_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = Path(shutil.copytree(boards.firmware_root(), tmp_path / "sources"))
-    wide = root / "kernels" / "fast" / "wide.h"
-    text = wide.read_text()
+    path = root / "kernels" / "fast" / file
+    text = path.read_text()
     assert text.count(old) == 1, "the text to change is not there, or not alone"
-    wide.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new))
     monkeypatch.setattr(boards, "firmware_root", lambda: root)
     assert any(line.startswith(noticed) for line in run(check("-O3")))
