@@ -147,8 +147,9 @@ class _Writer:
     def linear_backward(self, op: Op) -> str:
         inputs, outputs = self.graph.elements(op.inputs[0]), self.graph.elements(op.name)
         return (
-            f"fast_linear_backward({self.input_gradient(op)}, {self.weight_gradient(op, 'weight')}, "
-            f"{self.weight_gradient(op, 'bias')}, {self.buffer(gradient(op.name))}, "
+            f"fast_linear_backward({self.input_gradient(op)}, "
+            f"{self.weight_gradient(op, 'weight')}, {self.weight_gradient(op, 'bias')}, "
+            f"{self.buffer(gradient(op.name))}, "
             f"{self.buffer(op.inputs[0])}, {self.weight(op, 'weight')}, {inputs}, {outputs}, n)"
         )
 
