@@ -49,11 +49,6 @@ class _Writer:
                 )
             if op.kind == "conv2d" and op.attrs["groups"] != 1:
                 raise ModelError(f"{op.name}: the C exporter has no grouped convolution")
-        self.weight_places: dict[str, int] = {}
-        place = 0
-        for name, value in self.graph.weights.items():
-            self.weight_places[name] = place
-            place += value.size
 
     # names of things in C
 
@@ -70,12 +65,12 @@ class _Writer:
         return f"n * {self.graph.elements(tensor)}"
 
     def weight(self, op: Op, role: str) -> str:
-        return f"weights + {self.weight_places[op.weights[role]]}" if role in op.weights else "NULL"
+        return f"weights + {self.graph.places[op.weights[role]]}" if role in op.weights else "NULL"
 
     def weight_gradient(self, op: Op, role: str) -> str:
         if role not in op.weights:
             return "NULL"
-        return f"{self.buffer(arena.GRADIENTS)} + {self.weight_places[op.weights[role]]}"
+        return f"{self.buffer(arena.GRADIENTS)} + {self.graph.places[op.weights[role]]}"
 
     def input_gradient(self, op: Op, index: int = 0) -> str:
         name = op.inputs[index]
@@ -91,7 +86,7 @@ class _Writer:
         if step.action == "send":
             return []
         if step.action == "weigh":
-            cut = self.graph.cut
+            cut = self.build.stages[step.stage].point
             return [
                 f"gradient_weigh({self.buffer(gradient(cut))}, pass->server_weight, "
                 f"{self.size(cut)})"
@@ -112,14 +107,23 @@ class _Writer:
     def loss(self, step: Step) -> str:
         assert step.exit is not None
         logits = self.graph.exits[step.exit]
-        p = self.buffer(f"{logits}:softmax")
+        p = self.buffer(arena.softmax(logits))
         rest = f"pass->labels, pass->inverse_batch, {self.graph.classes}, n)"
         if step.action == "loss_backward":
             d = self.buffer(gradient(logits))
             return f"softmax_cross_entropy_backward({d}, {p}, {rest}"
-        own = logits == self.graph.logits
-        out = "&pass->loss, &pass->correct" if own else "NULL, NULL"
-        return f"softmax_cross_entropy_forward({p}, {out}, {self.buffer(logits)}, {rest}"
+        return (
+            f"softmax_cross_entropy_forward({p}, {self.told(step)}, {self.buffer(logits)}, {rest}"
+        )
+
+    def told(self, step: Step) -> str:
+        """Where a loss and its count go: those of the exit at the cut are the pass's."""
+        assert step.exit is not None
+        if step.part == "trunk":  # an exit that is never at the cut
+            return "NULL, NULL"
+        at_cut = f"pass->cut == {step.stage} ? " if self.build.moves else ""
+        else_nothing = " : NULL" if self.build.moves else ""
+        return ", ".join(f"{at_cut}&pass->{out}{else_nothing}" for out in ("loss", "correct"))
 
     def conv2d_forward(self, op: Op) -> str:
         return (
@@ -237,17 +241,46 @@ class _Writer:
 
     def cases(self) -> Iterable[str]:
         for number, step in enumerate(self.build.schedule.steps):
-            what = step.op.name if step.op else step.exit or self.graph.cut
-            yield f"        case {number}: // {step.action} {what}"
-            yield from (f"            {statement};" for statement in self.call(step))
-            yield "            break;"
+            what = step.op.name if step.op else step.exit or self.build.stages[step.stage].point
+            yield f"    case {number}: // {step.action} {what}"
+            yield from (f"        {statement};" for statement in self.call(step))
+            yield "        break;"
+
+    def steps(self) -> Iterable[str]:
+        """The table of where each step belongs."""
+        texts = [f"{{{s.stage}, STEP_{s.part.upper()}}}" for s in self.build.schedule.steps]
+        yield "static const struct step steps[] = {"
+        yield from (f"    {', '.join(texts[i : i + 5])}," for i in range(0, len(texts), 5))
+        yield "};"
+
+    def stages(self) -> Iterable[str]:
+        """The table of what is different at each cut."""
+        yield "static const struct stage stages[] = {"
+        end = 0
+        for stage in self.build.stages:
+            exit = end + self.parameters(stage.trunk)
+            end = exit + self.parameters(stage.exit)
+            yield f"    {{ // {stage.cut}"
+            yield f"        .exit_parameters = {exit},"
+            yield f"        .parameters_end = {end},"
+            yield f"        .activation_size = {self.graph.elements(stage.point)},"
+            yield f"        .activations = {self.buffer(stage.point)},"
+            yield f"        .gradient = {self.buffer(gradient(stage.point))},"
+            yield f"        .logits = {self.buffer(stage.logits)},"
+            yield "    },"
+        yield "};"
+
+    def parameters(self, ops: Iterable[Op]) -> int:
+        """Number of values that these operations train."""
+        names = {name for op in ops for name in op.weights.values()}
+        return sum(v.size for name, v in self.graph.parameters.items() if name in names)
 
     def render(self) -> str:
         build, graph, plan = self.build, self.graph, self.build.plan
         momentum = self.buffer(arena.MOMENTUM) if build.momentum else "NULL"
         lines = [
             "// Generated by splitee_exporters/c.py: a client's segment up to "
-            f"{list(graph.exits)[-1]}; do not edit.",
+            f"{build.stages[-1].cut}; do not edit.",
             '#include "core/segment.h"',
             "",
             "#include <string.h>",
@@ -266,29 +299,30 @@ class _Writer:
             f"static const float scale[] = {{{_literals(np.array(build.scale))}}};",
             f"static const float shift[] = {{{_literals(np.array(build.shift))}}};",
             *self.windows(),
+            *self.steps(),
+            *self.stages(),
             "",
             "const struct segment segment = {",
             f"    .checksum = 0x{build.checksum:08x}u,",
             f"    .capacity = {build.capacity},",
             f"    .classes = {graph.classes},",
+            f"    .cuts = {len(build.stages)},",
             f"    .infer_end = {build.schedule.infer_end},",
             f"    .forward_end = {build.schedule.forward_end},",
             f"    .backward_end = {len(build.schedule.steps)},",
             f"    .channels = {graph.input_shape[0]},",
             f"    .samples_max = {build.samples_max},",
             f"    .input_size = {graph.elements(graph.input)},",
-            f"    .activation_size = {graph.elements(graph.cut)},",
             f"    .parameter_size = {graph.parameter_size},",
             f"    .weight_size = {graph.weight_size},",
             "    .arena_size = sizeof arena,",
+            "    .steps = steps,",
+            "    .stages = stages,",
             "    .arena = (uint8_t *)arena,",
             "    .weights = weights,",
             f"    .gradients = {self.buffer(arena.GRADIENTS)},",
             f"    .momentum = {momentum},",
             f"    .input = {self.buffer(graph.input)},",
-            f"    .activations = {self.buffer(graph.cut)},",
-            f"    .gradient = {self.buffer(gradient(graph.cut))},",
-            f"    .logits = {self.buffer(graph.logits)},",
             "    .shard = shard,",
             "    .order = order,",
             "    .labels = labels,",
@@ -296,15 +330,13 @@ class _Writer:
             "    .shift = shift,",
             "};",
             "",
-            "void segment_run(unsigned start, unsigned stop, struct pass *pass)",
+            "void segment_run(unsigned step, struct pass *pass)",
             "{",
             "    const size_t n = pass->count;",
-            "    for (unsigned step = start; step < stop; step++) {",
-            "        switch (step) {",
+            "    switch (step) {",
             *self.cases(),
-            "        default:",
-            "            break;",
-            "        }",
+            "    default:",
+            "        break;",
             "    }",
             "}",
             "",

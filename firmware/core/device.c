@@ -40,6 +40,8 @@ static struct message_settings settings;
 static struct message_place place;
 static struct pass pass;
 static enum phase phase;
+static uint8_t cut;  // the stage that it is at the end of
+static uint8_t upto; // whether all exits up to the cut learn, or only the one at it
 
 static uint32_t frames, repeated, compute_micros;
 
@@ -76,9 +78,10 @@ struct memory {
 };
 
 static struct memory region_of(uint8_t which) {
+    const struct stage *const last = &segment.stages[cut];
     const uint32_t held = segment.capacity;
     const uint32_t parameters = 4 * segment.parameter_size;
-    const uint32_t activations = 4 * held * segment.activation_size;
+    const uint32_t activations = 4 * held * last->activation_size;
     const uint32_t images = held * segment.input_size;
     switch (which) {
     case REGION_WEIGHTS:
@@ -90,11 +93,11 @@ static struct memory region_of(uint8_t which) {
     case REGION_INPUT: // the last quarter of the float tensor that the images become
         return (struct memory){(uint8_t *)segment.input + 3 * images, images, phase != FORWARDED};
     case REGION_ACTIVATIONS:
-        return (struct memory){(uint8_t *)segment.activations, activations, 0};
+        return (struct memory){(uint8_t *)last->activations, activations, 0};
     case REGION_GRADIENT:
-        return (struct memory){(uint8_t *)segment.gradient, activations, 1};
+        return (struct memory){(uint8_t *)last->gradient, activations, 1};
     case REGION_LOGITS:
-        return (struct memory){(uint8_t *)segment.logits, 4 * held * segment.classes, 0};
+        return (struct memory){(uint8_t *)last->logits, 4 * held * segment.classes, 0};
     case REGION_GRADIENTS:
         return (struct memory){(uint8_t *)segment.gradients, parameters, 0};
     default: // REGION_ARENA
@@ -150,6 +153,21 @@ static void on_hello(const uint8_t *body, size_t size) {
     answer_fields(MESSAGE_WELCOME, MESSAGE_WELCOME_SIZE);
 }
 
+static void on_select(const uint8_t *body, size_t size) {
+    (void)size;
+    struct message_select m;
+    message_select_unpack(&m, body);
+    if (phase != IDLE) {
+        refuse(ERROR_OUT_OF_ORDER, phase);
+    } else if (m.cut == 0 || m.cut > segment.cuts) {
+        refuse(ERROR_NO_SUCH_CUT, segment.cuts);
+    } else {
+        cut = (uint8_t)(m.cut - 1);
+        upto = m.upto != 0;
+        done();
+    }
+}
+
 static void on_settings(const uint8_t *body, size_t size) {
     (void)size;
     struct message_settings m;
@@ -202,9 +220,30 @@ static int load(size_t first, size_t count) {
     return 1;
 }
 
+// Whether the exit of a stage up to the cut learns.
+static int exit_learns(unsigned stage) {
+    return upto || stage == cut;
+}
+
+static int takes_part(struct step step) {
+    switch (step.part) {
+    case STEP_TRUNK:
+        return step.stage <= cut;
+    case STEP_EXIT:
+        return step.stage <= cut && exit_learns(step.stage);
+    default: // STEP_CUT
+        return step.stage == cut;
+    }
+}
+
+// Runs those of the steps start..stop-1 that the cut takes.
 static void run(unsigned start, unsigned stop) {
     const uint32_t before = port_micros();
-    segment_run(start, stop, &pass);
+    for (unsigned step = start; step < stop; step++) {
+        if (takes_part(segment.steps[step])) {
+            segment_run(step, &pass);
+        }
+    }
     compute_micros += port_micros() - before;
 }
 
@@ -248,6 +287,7 @@ static void on_forward(const uint8_t *body, size_t size) {
     pass.exit_weight = settings.exit_weight;
     pass.server_weight = settings.server_weight;
     pass.labels = segment.labels;
+    pass.cut = cut;
     run(0, segment.forward_end);
     place.position = (uint16_t)(place.position + m.count);
     phase = FORWARDED;
@@ -286,6 +326,12 @@ static void on_backward(const uint8_t *body, size_t size) {
     done();
 }
 
+static void update(uint32_t first, uint32_t end) {
+    float *const velocity = segment.momentum ? segment.momentum + first : NULL;
+    fast_sgd_step(segment.weights + first, velocity, segment.gradients + first,
+                  settings.learning_rate, settings.momentum, settings.weight_decay, end - first);
+}
+
 static void on_step(const uint8_t *body, size_t size) {
     (void)body;
     (void)size;
@@ -294,8 +340,12 @@ static void on_step(const uint8_t *body, size_t size) {
         return;
     }
     const uint32_t before = port_micros();
-    fast_sgd_step(segment.weights, segment.momentum, segment.gradients, settings.learning_rate,
-                  settings.momentum, settings.weight_decay, segment.parameter_size);
+    uint32_t first = 0; // layers that took no part keep still: no decay, no momentum
+    for (unsigned i = 0; i <= cut; i++) {
+        const struct stage *const stage = &segment.stages[i];
+        update(first, exit_learns(i) ? stage->parameters_end : stage->exit_parameters);
+        first = stage->parameters_end;
+    }
     compute_micros += port_micros() - before;
     place.steps++;
     phase = IDLE;
@@ -373,6 +423,7 @@ static const struct {
     void (*on)(const uint8_t *body, size_t size);
 } requests[] = {
     {MESSAGE_HELLO, MESSAGE_HELLO_SIZE, MESSAGE_HELLO_TAIL, on_hello},
+    {MESSAGE_SELECT, MESSAGE_SELECT_SIZE, MESSAGE_SELECT_TAIL, on_select},
     {MESSAGE_SETTINGS, MESSAGE_SETTINGS_SIZE, MESSAGE_SETTINGS_TAIL, on_settings},
     {MESSAGE_DATA, MESSAGE_DATA_SIZE, MESSAGE_DATA_TAIL, on_data},
     {MESSAGE_PLACE, MESSAGE_PLACE_SIZE, MESSAGE_PLACE_TAIL, on_place},
@@ -420,6 +471,8 @@ static void on_frame(const struct frame *f) {
 }
 
 void device_init(void) {
+    cut = (uint8_t)(segment.cuts - 1);
+    upto = 1;
     frame_reader_init(&reader, received, sizeof received);
 }
 

@@ -12,32 +12,52 @@ struct pass {
     float exit_weight;     // weight of the exits' gradient in the trunk
     float server_weight;   // weight of the server's gradient in the trunk
     const uint8_t *labels; // count labels
+    uint8_t cut;           // the stage that it ends with
     float loss;       // out, added to: cross-entropy of the exit at the cut, in the batch's mean
     uint32_t correct; // out, added to: samples that this exit classified correctly
 };
 
+// Where a step belongs: the stage, and when it runs.
+enum { STEP_TRUNK, STEP_EXIT, STEP_CUT }; // always, with the exit, only where the stage is the last
+
+struct step {
+    uint8_t stage;
+    uint8_t part;
+};
+
+// What lies between two cuts, and the exit on top of it. The parameters of a stage are neighbours:
+// those of its trunk, which begin where the stage below ends, then those of its exit.
+struct stage {
+    uint32_t exit_parameters; // the first parameter of its exit
+    uint32_t parameters_end;
+    uint32_t activation_size; // elements per sample
+    float *activations;       // capacity x activation_size, in the arena
+    float *gradient;          // dLoss/dActivations, the same shape, in the arena
+    float *logits;            // capacity x classes, in the arena
+};
+
 // A segment's steps run in this order: trunk and exits forward [0, infer_end), losses
-// [infer_end, forward_end), exits and trunk backward [forward_end, backward_end).
+// [infer_end, forward_end), exits and trunk backward [forward_end, backward_end). With a cut at the
+// end of a stage, the steps of all stages up to it run.
 struct segment {
     uint32_t checksum;
     uint16_t capacity; // samples held at once
     uint16_t classes;  // labels are below this
+    uint16_t cuts;     // stages that the cut can be at the end of
     uint16_t infer_end, forward_end, backward_end;
-    uint16_t channels;        // of the input
-    uint16_t samples_max;     // records the shard has room for
-    uint32_t input_size;      // elements per sample
-    uint32_t activation_size; // elements per sample
-    uint32_t parameter_size;  // float32 values that are trained
-    uint32_t weight_size;     // the same and the norm statistics behind them
-    uint32_t arena_size;      // bytes
+    uint16_t channels;       // of the input
+    uint16_t samples_max;    // records the shard has room for
+    uint32_t input_size;     // elements per sample
+    uint32_t parameter_size; // float32 values that are trained
+    uint32_t weight_size;    // the same and the norm statistics behind them
+    uint32_t arena_size;     // bytes
+    const struct step *steps;
+    const struct stage *stages; // the shallowest first
     uint8_t *arena;
     float *weights;     // weight_size values, parameters first
     float *gradients;   // parameter_size values, in the arena
     float *momentum;    // parameter_size values in the arena, or NULL
     float *input;       // capacity x input_size, in the arena
-    float *activations; // capacity x activation_size, in the arena
-    float *gradient;    // dLoss/dActivations, the same shape, in the arena
-    float *logits;      // capacity x classes of the exit at the cut, in the arena
     uint8_t *shard;     // samples_max records of 1 + input_size bytes
     uint16_t *order;    // samples_max places: this epoch's order
     uint8_t *labels;    // capacity labels of the part held
@@ -47,7 +67,7 @@ struct segment {
 
 extern const struct segment segment;
 
-// Runs steps start..stop-1 on the part that pass describes.
-void segment_run(unsigned start, unsigned stop, struct pass *pass);
+// Runs a step on the part that pass describes.
+void segment_run(unsigned step, struct pass *pass);
 
 #endif

@@ -10,7 +10,7 @@
 #include "protocol/bytes.h"
 
 // CRC-32 of the whole schema: two ends with the same number speak the same wire.
-#define MESSAGES_SCHEMA 0x7F7079AEu
+#define MESSAGES_SCHEMA 0xB6AD4DFCu
 
 enum region {
     REGION_WEIGHTS = 0,
@@ -38,6 +38,7 @@ enum error {
     ERROR_BAD_LABEL = 9,
     ERROR_NO_MOMENTUM = 10,
     ERROR_BAD_STEP = 11,
+    ERROR_NO_SUCH_CUT = 12,
 };
 
 // Hello: Opens a session (its number stands in the frame's header).
@@ -196,6 +197,21 @@ struct message_run {
 static inline void message_run_unpack(struct message_run *m, const uint8_t *body) {
     m->start = bytes_get_u16(body);
     m->stop = bytes_get_u16(body + 2);
+}
+
+// Select: Puts the cut at one of those that are built in; it waits for an idle device.
+#define MESSAGE_SELECT 0x0Du
+#define MESSAGE_SELECT_SIZE 2u
+#define MESSAGE_SELECT_TAIL 0
+
+struct message_select {
+    uint8_t cut;
+    uint8_t upto;
+};
+
+static inline void message_select_unpack(struct message_select *m, const uint8_t *body) {
+    m->cut = bytes_get_u8(body);
+    m->upto = bytes_get_u8(body + 1);
 }
 
 // Done: The request was carried out.

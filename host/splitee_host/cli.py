@@ -125,26 +125,33 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
     clients: list[dict[str, Any]] = []
     for client in assembly.fleet.client:
         room = assembly.boards[client.name].room
-        chosen: Cut | None = None
+        chosen: tuple[Cut, Cut] | None = None
         with suppress(FitError):  # said below, once the table is there to look at
             chosen = assembly.choose(client)
+        moves = client.deepest is not None
+        single, every = (assembly.builds(client, moves=m) for m in (False, True))
         rows = []
-        for cut, build in zip(assembly.cuts, assembly.builds(client), strict=True):
-            forward, backward = build.graph.macs()
+        for i, cut in enumerate(assembly.cuts):
+            build = every[i] if moves else single[i]
+            forward, backward = single[i].graph.macs()
             rows.append(
                 {
                     "cut": cut.name,
                     "number": cut.number,
-                    "parameters": build.graph.parameter_size,
+                    "parameters": single[i].graph.parameter_size,
                     "arena_bytes": build.arena_bytes,
                     "ram_bytes": build.ram_bytes(room) if room else None,
                     "flash_bytes": build.flash_bytes(room) if room else None,
+                    "every_cut_arena_bytes": every[i].arena_bytes - single[i].arena_bytes,
+                    "every_cut_flash_bytes": (
+                        every[i].flash_bytes(room) - single[i].flash_bytes(room) if room else None
+                    ),
                     "macs_forward": forward,
                     "macs_backward": backward,
                     "bytes_up_per_sample": build.bytes_up_per_sample,
                     "fits": room is None or build.shortage(room) is None,
                     "why": build.shortage(room) if room else None,
-                    "chosen": cut == chosen,
+                    "chosen": chosen is not None and cut == chosen[0],
                 }
             )
         clients.append(
@@ -152,20 +159,21 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
                 "client": client.name,
                 "board": client.board,
                 "capacity": assembly.capacity(client),
+                "deepest": chosen[1].name if chosen and moves else None,
                 "cuts": rows,
             }
         )
     if as_json:
         typer.echo(json.dumps(clients, indent=2))
     for entry in clients if not as_json else []:
-        table = Table(
-            title=f"{entry['client']} on {entry['board']}, {entry['capacity']} samples at once",
-            title_justify="left",
-        )
+        title = f"{entry['client']} on {entry['board']}, {entry['capacity']} samples at once"
+        if entry["deepest"]:
+            title += f", built with every cut up to {entry['deepest']}"
+        table = Table(title=title, title_justify="left")
         table.add_column("cut")
         for name in (
-            "parameters", "arena", "RAM", "flash", "MACs forward", "MACs backward",
-            "bytes up a sample",
+            "parameters", "arena", "RAM", "flash", "every cut:\narena", "every cut:\nflash",
+            "MACs forward", "MACs backward", "bytes up a sample",
         ):  # fmt: skip
             table.add_column(name, justify="right")
         table.add_column("fits")
@@ -176,6 +184,8 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
                 f"{row['arena_bytes']:,}",
                 f"{row['ram_bytes']:,}" if row["ram_bytes"] else "-",
                 f"{row['flash_bytes']:,}" if row["flash_bytes"] else "-",
+                f"{row['every_cut_arena_bytes']:+,}",
+                f"{row['every_cut_flash_bytes']:+,}" if row["flash_bytes"] else "-",
                 f"{row['macs_forward']:,}",
                 f"{row['macs_backward']:,}",
                 f"{row['bytes_up_per_sample']:,}",
@@ -305,7 +315,7 @@ def _train(console: Console, assembly: Assembly, run: Any, launched: list[Launch
                 board=entry.board,
                 link=entry.link,
                 cut=member.cut.name,
-                parameters=member.build.graph.parameter_size,
+                parameters=member.graph.parameter_size,
                 arena_bytes=member.build.arena_bytes,
                 flash_bytes=entry.flash_bytes,
                 bytes_up_per_sample=round(up, 1),

@@ -9,13 +9,14 @@ from __future__ import annotations
 import secrets
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from splitee.arena import Variant
 from splitee.client import Part, Place, Settings, State, Stepped, Traffic
 from splitee.data import Images
 from splitee.errors import DeviceRefused, LinkClosed, Mismatch, Timeout
@@ -50,20 +51,23 @@ class Device:
         build: Build,
         settings: Settings,
         *,
+        cut: str | None = None,
+        upto: bool = True,
         session: int | None = None,
         patience: float = 30.0,
         close: Callable[[], None] | None = None,
     ) -> None:
-        """patience: seconds without any answer after which the device is lost.
+        """cut and upto: where it begins; the deepest cut and every exit built in, by default.
 
-        session: 1..65535, drawn at random by default, so that a device that went on running takes
-        this host for a new one.
+        patience: seconds without any answer after which the device is lost. session: 1..65535,
+        drawn at random by default, so that a device that went on running takes this host for a
+        new one.
         """
         self.name = name
-        self.cut = list(build.graph.exits)[-1]
         self.capacity = build.capacity
         self.link = link
         self.build = build
+        self._put(cut or build.stages[-1].cut, upto)
         self.traffic = Traffic()
         self._settings = settings
         self._session = session or 1 + secrets.randbelow(0xFFFF)
@@ -169,15 +173,29 @@ class Device:
             pieces.append(content)
         return b"".join(pieces)
 
-    def write(self, region: m.Region, content: bytes) -> None:
-        """Replaces the beginning of a region, in as many requests as it takes."""
+    def write(self, region: m.Region, content: bytes, offset: int = 0) -> None:
+        """Replaces bytes of a region from offset on, in as many requests as it takes."""
         size = self._receive_max - len(m.Write(region, 0, b"").pack())
         for start in range(0, len(content), size):
-            self.request(m.Write(region, start, content[start : start + size]), m.Done)
+            piece = content[start : start + size]
+            self.request(m.Write(region, offset + start, piece), m.Done)
 
-    def floats(self, region: m.Region, size: int) -> Array:
-        """The first size float32 values of a region."""
-        return np.frombuffer(self.read(region, 0, 4 * size), "<f4").astype(np.float32)
+    def floats(self, region: m.Region, size: int, first: int = 0) -> Array:
+        """size float32 values of a region, from the first'th on."""
+        return np.frombuffer(self.read(region, 4 * first, 4 * size), "<f4").astype(np.float32)
+
+    def _vector(self, region: m.Region, names: Iterable[str]) -> Array:
+        """The values that a region has for those weights of the cut, one behind the other."""
+        parts = [np.zeros(0, np.float32)]
+        for part in self.build.graph.ranges(names):
+            parts.append(self.floats(region, part.stop - part.start, part.start))
+        return np.concatenate(parts)
+
+    def _write_vector(self, region: m.Region, names: Iterable[str], vector: Array) -> None:
+        """Replaces those values."""
+        for part in self.build.graph.ranges(names):
+            values, vector = np.split(vector, [part.stop - part.start])
+            self.write(region, values.tobytes(), 4 * part.start)
 
     # splitee.client.Client
 
@@ -198,8 +216,30 @@ class Device:
             m.Done,
         )
 
+    def move(self, cut: str, *, upto: bool) -> None:
+        """Ends at another cut, without new firmware; see ``splitee.client.Client.move``.
+
+        Raises CutError for one that is not built in, and DeviceRefused in the midst of a batch.
+        """
+        self._put(cut, upto)
+        self._select()
+
+    def _put(self, cut: str, upto: bool) -> None:
+        self._number = self.build.number(cut, upto=upto)
+        self.cut = cut
+        self.upto = upto
+        self.graph = self.build.graph.at(cut, upto=upto)
+
+    def _select(self) -> None:
+        self.request(m.Select(self._number, int(self.upto)), m.Done)
+
+    def steps(self) -> list[int]:
+        """Those of the segment's steps that run at its cut."""
+        variant = Variant(self._number - 1, self.upto)
+        return [i for i, s in enumerate(self.build.schedule.steps) if s.runs(variant)]
+
     def start(self, state: State, images: Images) -> None:
-        """Says hello, sends the shard unless the device holds it, then settings and state."""
+        """Says hello, sends the shard unless the device holds it, then cut, settings and state."""
         welcome = self.hello()
         content = records(images)
         held = (welcome.samples, welcome.shard)
@@ -207,6 +247,7 @@ class Device:
             size = self._receive_max - len(m.Data(0, b"").pack())
             for start in range(0, len(content), size):
                 self.request(m.Data(start, content[start : start + size]), m.Done)
+        self._select()
         self._send_settings()
         self.load_state(state)
 
@@ -216,20 +257,20 @@ class Device:
         self.request(m.Place(p.samples, p.position, p.seed, p.epoch, p.steps), m.Done)
         self.load_weights(state.weights)
         if state.momentum:
-            vector = self.build.graph.flatten_parameters(state.momentum)
-            self.write(m.Region.MOMENTUM, vector.tobytes())
+            vector = self.graph.flatten_parameters(state.momentum)
+            self._write_vector(m.Region.MOMENTUM, self.graph.parameters, vector)
 
     def load_weights(self, weights: Mapping[str, Array]) -> None:
         """Replaces parameters and statistics."""
-        self.write(m.Region.WEIGHTS, self.build.graph.flatten(weights).tobytes())
+        self._write_vector(m.Region.WEIGHTS, self.graph.weights, self.graph.flatten(weights))
 
     def state(self) -> State:
         """Reads everything that it has learnt, and its place."""
-        graph = self.build.graph
-        weights = graph.unflatten(self.floats(m.Region.WEIGHTS, graph.weight_size))
+        graph = self.graph
+        weights = graph.unflatten(self._vector(m.Region.WEIGHTS, graph.weights))
         momentum: dict[str, Array] = {}
         if self.build.momentum:
-            vector = self.floats(m.Region.MOMENTUM, graph.parameter_size)
+            vector = self._vector(m.Region.MOMENTUM, graph.parameters)
             momentum = graph.unflatten_parameters(vector)
         c = self.counters()
         return State(weights, momentum, Place(c.samples, c.seed, c.epoch, c.position, c.steps))
@@ -242,16 +283,15 @@ class Device:
         """Runs its next count samples forward and fetches their activations and labels."""
         before = self.traffic.up
         labels = self.request(m.Forward(count, batch), m.Forwarded).labels
-        if len(labels) != count or max(labels) >= self.build.graph.classes:
+        if len(labels) != count or max(labels) >= self.graph.classes:
             raise Mismatch(f'client "{self.name}" sent labels {list(labels)} for {count} samples')
-        activations = self._tensor(m.Region.ACTIVATIONS, count, self.build.graph.cut)
+        activations = self._tensor(m.Region.ACTIVATIONS, count, self.graph.cut)
         self.traffic.activations_up += self.traffic.up - before
         return Part(activations, torch.tensor(list(labels), dtype=torch.int64))
 
     def _tensor(self, region: m.Region, count: int, name: str) -> Tensor:
-        graph = self.build.graph
-        values = self.floats(region, count * graph.elements(name))
-        return torch.from_numpy(values.reshape(count, *graph.shapes[name]))
+        values = self.floats(region, count * self.graph.elements(name))
+        return torch.from_numpy(values.reshape(count, *self.graph.shapes[name]))
 
     def backward(self, gradient: Tensor | None) -> None:
         """Sends the server's gradient, where there is one, and runs the part backward."""
@@ -268,14 +308,13 @@ class Device:
         """Activations and logits of at most capacity uint8 images."""
         self.write(m.Region.INPUT, np.ascontiguousarray(images).tobytes())
         self.request(m.Infer(len(images)), m.Done)
-        activations = self._tensor(m.Region.ACTIVATIONS, len(images), self.build.graph.cut)
-        return activations, self._tensor(m.Region.LOGITS, len(images), self.build.graph.logits)
+        activations = self._tensor(m.Region.ACTIVATIONS, len(images), self.graph.cut)
+        return activations, self._tensor(m.Region.LOGITS, len(images), self.graph.logits)
 
     def gradients(self) -> dict[str, Array]:
         """Gradients of this batch so far, by parameter."""
-        graph = self.build.graph
-        vector = self.floats(m.Region.GRADIENTS, graph.parameter_size)
-        return graph.unflatten_parameters(vector)
+        vector = self._vector(m.Region.GRADIENTS, self.graph.parameters)
+        return self.graph.unflatten_parameters(vector)
 
     def close(self) -> None:
         """Closes the link, and ends what was started for it."""

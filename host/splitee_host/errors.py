@@ -16,6 +16,7 @@ _WORDS: dict[int, str] = {
     m.Error.BAD_LABEL: "a sample has the label {detail}, which the network has no class for",
     m.Error.NO_MOMENTUM: "it was built without momentum: run `splitee build` with momentum > 0",
     m.Error.BAD_STEP: "its segment has {detail} steps",
+    m.Error.NO_SUCH_CUT: "its segment has {detail} cuts: run `splitee build`",
 }
 
 

@@ -117,7 +117,13 @@ class Launcher:
                 f"counts to {SHARD_MAX:,}: lower its share or add clients"
             )
         device = Device(
-            member.name, link, member.build, fleet.settings, patience=fleet.rejoin_within
+            member.name,
+            link,
+            member.build,
+            fleet.settings,
+            cut=member.cut.name,
+            upto=member.upto,
+            patience=fleet.rejoin_within,
         )
         self._ends.callback(device.close)
         return Launched(device, member, board.tier, board.name, device.link.name, flash)
@@ -134,7 +140,8 @@ class Launcher:
         return self._device(member, board, link, 0)
 
     def _firmware(self, member: Member, board: Board) -> Launched:
-        self._say(f"{member.name}: building firmware for {board.name}, cut {member.cut.name}")
+        built = ", ".join(stage.cut for stage in member.build.stages)
+        self._say(f"{member.name}: building firmware for {board.name}, cut {built}")
         try:
             firmware = build_firmware(member.build, board, self._write_segment, self._root)
             running = self._ends.enter_context(boards.start(board, firmware))

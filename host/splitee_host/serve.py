@@ -56,9 +56,8 @@ class _Server:
         graph = build.graph
         self._shard = bytearray(build.samples_max * build.record_size)
         self._images = bytearray(build.capacity * graph.elements(graph.input))
-        self._gradient = bytearray(4 * build.capacity * graph.elements(graph.cut))
-        self._activations = bytearray(len(self._gradient))
         self._logits = bytearray(4 * build.capacity * graph.classes)
+        self._select(len(build.stages), upto=True)
         self._floats: dict[int, bytearray] = {}  # weights, momentum, gradients as last asked for
         self._written: set[int] = set()  # those that the host changed since
         self._phase = 0  # 0 idle, 1 after Forward, 2 after Backward
@@ -106,6 +105,7 @@ class _Server:
         match request:
             case m.Hello():
                 self._phase = 0
+                self._client.discard()
                 held = self._shard[: self._client.place.samples * self._build.record_size]
                 return m.Welcome(
                     m.schema(),
@@ -119,6 +119,8 @@ class _Server:
                 )
             case m.Settings():
                 self._settings(request)
+            case m.Select(cut, upto):
+                self._on_select(cut, upto=bool(upto))
             case m.Data(offset, content):
                 self._shard[_within(self._shard, offset, len(content))] = content
             case m.Place(samples, position, seed, epoch, steps):
@@ -140,6 +142,20 @@ class _Server:
             case _:  # a Run: this client has no steps to single out
                 raise _Refusal(m.Error.UNKNOWN_MESSAGE, request.CODE)
         return m.Done()
+
+    def _on_select(self, cut: int, *, upto: bool) -> None:
+        if self._phase != 0:
+            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+        if not 1 <= cut <= len(self._build.stages):
+            raise _Refusal(m.Error.NO_SUCH_CUT, len(self._build.stages))
+        self._select(cut, upto=upto)
+
+    def _select(self, cut: int, *, upto: bool) -> None:
+        stage = self._build.stages[cut - 1]
+        # of a cut that stays, all exits there are belong to the segment
+        self._client.move(stage.cut, upto=upto or not self._build.moves)
+        size = 4 * self._build.capacity * self._build.graph.elements(stage.point)
+        self._gradient, self._activations = bytearray(size), bytearray(size)
 
     def _settings(self, s: m.Settings) -> None:
         if s.momentum and not self._build.momentum:
@@ -216,9 +232,9 @@ class _Server:
         for region in sorted(self._written):
             values = np.frombuffer(bytes(self._floats[region]), "<f4")
             if region == m.Region.WEIGHTS:
-                self._client.load_weights(graph.unflatten(values))
+                self._client.load_weights(graph.unflatten(values), every=True)
             else:
-                self._client.load_momentum(graph.unflatten_parameters(values))
+                self._client.load_momentum(graph.unflatten_parameters(values), every=True)
         self._written.clear()
         self._floats.clear()
 
@@ -246,12 +262,12 @@ class _Server:
     def _read_floats(self, region: int) -> bytearray:
         graph, client = self._build.graph, self._client
         if region == m.Region.WEIGHTS:
-            return bytearray(graph.flatten(client.state().weights).tobytes())
+            return bytearray(graph.flatten(client.state(every=True).weights).tobytes())
         if region == m.Region.GRADIENTS:
-            return bytearray(graph.flatten_parameters(client.gradients()).tobytes())
+            return bytearray(graph.flatten_parameters(client.gradients(every=True)).tobytes())
         if not self._build.momentum:
             return bytearray()
-        momentum = client.state().momentum
+        momentum = client.state(every=True).momentum
         if not momentum:  # a setting of 0 makes no use of it
             return bytearray(4 * graph.parameter_size)
         return bytearray(graph.flatten_parameters(momentum).tobytes())

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from splitee.arena import gradient
 from splitee.client import Settings
 from splitee.data import Images, draw_order
+from splitee.graph import Graph
 from splitee.model import Segment
 from splitee.ops import Array
 from splitee.place import Build
@@ -47,30 +48,33 @@ def compare(
 ) -> list[Difference]:
     """Trains one batch of count samples on a started device and in torch; the worst tensor first.
 
-    segment: with the weights that the device started from. images: its shard. seed: of its data
-    order, at whose beginning it stands.
+    What is compared is the step at the device's cut. segment: all that is built in, with the
+    weights that the device started from. images: its shard. seed: of its data order, at whose
+    beginning it stands.
     """
     sent = None
     if settings.wants_gradient:
-        shape = device.build.graph.shapes[device.build.graph.cut]
+        shape = device.graph.shapes[device.graph.cut]
         sent = torch.randn(count, *shape, generator=torch.Generator().manual_seed(1)) / count
     mine = step_on_device(device, count, sent)
     part = images[draw_order(len(images), seed, 0)[:count]]
-    theirs = step_in_torch(segment, device.build, part, settings, sent)
-    found = [Difference(n, relative_error(mine, theirs, n)) for n in names(device.build)]
+    active = segment.at(device.cut, upto=device.upto)
+    theirs = step_in_torch(active, device.build, part, settings, sent)
+    compared = names(device.graph, momentum=device.build.momentum)
+    found = [Difference(n, relative_error(mine, theirs, n)) for n in compared]
     # NaN is the worst of all, and sorts nowhere by itself
     return sorted(found, key=lambda d: -np.inf if np.isnan(d.error) else -d.error)
 
 
-def names(build: Build) -> list[str]:
+def names(graph: Graph, *, momentum: bool) -> list[str]:
     """The tensors of a step that both sides have, in the order in which they are computed."""
-    graph = build.graph
     made = [op.name for op in graph.ops]
-    found = ["sent", *(n for n in made if n not in build.schedule.aliases), "loss"]
+    # a branch makes none of its own
+    found = ["sent", *(op.name for op in graph.ops if op.kind != "branch"), "loss"]
     found += [gradient(n) for n in reversed(made)]
     for parameter in graph.parameters:
         found += [f"gradient of {parameter}", f"updated {parameter}"]
-        found += [f"momentum of {parameter}"] if build.momentum else []
+        found += [f"momentum of {parameter}"] if momentum else []
     return found
 
 
@@ -90,7 +94,8 @@ def step_on_device(device: Device, count: int, sent: Tensor | None) -> dict[str,
     graph, plan = build.graph, build.plan
     part = device.forward(count, count)
     tensors: dict[str, Array] = {"sent": part.activations.numpy()}
-    for i, step in enumerate(build.schedule.steps):
+    for i in device.steps():
+        step = build.schedule.steps[i]
         if step.action == "weigh" and sent is not None:
             device.write(m.Region.GRADIENT, sent.numpy().astype("<f4").tobytes())
         device.request(m.Run(i, i + 1), m.Done)

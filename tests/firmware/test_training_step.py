@@ -62,14 +62,14 @@ def in_torch(the_case: Case, settings: Settings, sent: torch.Tensor | None) -> d
     return step_in_torch(the_case.segment, the_case.build, part, settings, sent)
 
 
-@pytest.mark.parametrize("name", names(case("resnet8").build))
+@pytest.mark.parametrize("name", names(case("resnet8").build.graph, momentum=True))
 @pytest.mark.parametrize(("board", "mode"), STEPS)
 def test_a_resnet_step_equals_pytorch(board: str, mode: str, name: str, folder: Path) -> None:
     mine, reference = both_sides("resnet8", board, mode, folder)
     assert relative_error(mine, reference, name) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", names(case("pools").build))
+@pytest.mark.parametrize("name", names(case("pools").build.graph, momentum=True))
 @pytest.mark.parametrize("board", BOARDS)
 def test_a_step_through_pools_equals_pytorch(board: str, name: str, folder: Path) -> None:
     mine, reference = both_sides("pools", board, "both", folder)

@@ -404,6 +404,11 @@ REFUSED = {
     "images while a part is held": Refused("forward", m.Infer(1), m.Error.OUT_OF_ORDER, 1),
     "a step before backward": Refused("forward", m.Step(), m.Error.OUT_OF_ORDER, 1),
     "backward twice": Refused("backward", m.Backward(), m.Error.OUT_OF_ORDER, 2),
+    # cuts
+    "a cut before the first": Refused("idle", m.Select(0, 1), m.Error.NO_SUCH_CUT, 1),
+    "a cut that is not built in": Refused("idle", m.Select(2, 1), m.Error.NO_SUCH_CUT, 1),
+    "a cut while a part is held": Refused("forward", m.Select(1, 1), m.Error.OUT_OF_ORDER, 1),
+    "a cut in the midst of a batch": Refused("backward", m.Select(1, 1), m.Error.OUT_OF_ORDER, 2),
     # single-stepping
     "a single step before forward": Refused("idle", m.Run(0, 1), m.Error.OUT_OF_ORDER, 0, FIRMWARE),
     "a single step after backward": Refused(
@@ -566,6 +571,7 @@ WORDS = {
         0,
     ),
     "Read refused: its segment has 40 steps": (m.Error.BAD_STEP, 40),
+    "Read refused: its segment has 3 cuts: run `splitee build`": (m.Error.NO_SUCH_CUT, 3),
     "Read refused: error 77, detail 5": (77, 5),
 }
 

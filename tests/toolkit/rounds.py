@@ -85,6 +85,12 @@ class Wrapped:
         """Makes it this client."""
         self._call("start", state, images)
 
+    def move(self, cut: str, *, upto: bool) -> None:
+        """Its new cut."""
+        self._before("move")
+        self._client.move(cut, upto=upto)
+        self.cut = cut
+
     def forward(self, count: int, batch: int) -> Part:
         """Its next samples."""
         return self._call("forward", count, batch)  # type: ignore[no-any-return]

@@ -41,6 +41,7 @@ name = "board"
 board = "qemu-m4"
 link = "serial:/dev/ttyACM0"
 cut = "layer1"
+deepest = "layer3"
 capacity = 2
 share = 0.5
 
@@ -61,9 +62,9 @@ def test_a_good_file_says_what_it_says() -> None:
         "optimizer": {"learning_rate": 0.1, "momentum": 0.0, "weight_decay": 1e-4},
         "client": [
             {"name": "board", "board": "qemu-m4", "link": "serial:/dev/ttyACM0", "cut": "layer1",
-             "capacity": 2, "share": 0.5},
-            {"name": "edge", "board": "torch", "link": None, "cut": 3, "capacity": None,
-             "share": 1.0},
+             "deepest": "layer3", "capacity": 2, "share": 0.5},
+            {"name": "edge", "board": "torch", "link": None, "cut": 3, "deepest": None,
+             "capacity": None, "share": 1.0},
         ],
     }  # fmt: skip
     assert fleet.settings == Settings(0.1, 0.0, 1e-4, exit_weight=0.25, server_weight=0.75)

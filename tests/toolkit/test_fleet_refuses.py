@@ -16,7 +16,7 @@ KEYS = {
     "model": "name, width, norm",
     "data": "name, samples",
     "optimizer": "learning_rate, momentum, weight_decay",
-    "client": "name, board, link, cut, capacity, share",
+    "client": "name, board, link, cut, deepest, capacity, share",
 }
 
 BAD = {

@@ -4,6 +4,9 @@
 and assigns. ``plan`` gives every buffer a place so that buffers alive at the same time never
 overlap. ``verify`` does not look at lifetimes: it replays the schedule on a map of who owns each
 byte, and finds every plan under which a step would read something else than what was written.
+
+One schedule, and one plan, serves every cut that is built in: a variant runs those of the steps
+that its cut and its exits need, in the same order.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,9 +38,21 @@ def scratch(op: Op, action: str) -> str:
     return f"{op.name}:{action} scratch"
 
 
+def softmax(logits: str) -> str:
+    """The buffer of an exit's probabilities."""
+    return f"{logits}:softmax"
+
+
 def saved(op: Op, name: str) -> str:
     """A buffer that forward leaves for backward, such as the mean of a norm."""
     return f"{op.name}:{name}"
+
+
+class Variant(NamedTuple):
+    """What runs of a schedule: the cut, as the number of its stage, and which exits."""
+
+    cut: int
+    upto: bool  # every exit up to the cut, not only the one at it
 
 
 @dataclass(frozen=True)
@@ -44,12 +60,23 @@ class Step:
     """One step of the schedule: at most one kernel's work."""
 
     action: str  # forward | loss | loss_backward | backward | weigh | send
+    stage: int
+    part: str  # of the stage: trunk | exit | cut (what only runs where the stage's end is the cut)
     op: Op | None = None
     exit: str | None = None  # of a loss: the cut of its exit
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()  # assigned whole
     clears: tuple[str, ...] = ()  # set to zero first
     adds: tuple[str, ...] = ()  # read and added to
+
+    def runs(self, variant: Variant) -> bool:
+        """Whether it is one of the variant's."""
+        match self.part:
+            case "trunk":
+                return self.stage <= variant.cut
+            case "exit":
+                return self.stage == variant.cut or (variant.upto and self.stage < variant.cut)
+        return self.stage == variant.cut
 
 
 @dataclass(frozen=True)
@@ -60,6 +87,7 @@ class Schedule:
     """
 
     steps: tuple[Step, ...]
+    variants: tuple[Variant, ...]
     infer_end: int
     forward_end: int
     sizes: Mapping[str, int]  # bytes of every buffer at the built capacity
@@ -67,8 +95,22 @@ class Schedule:
     aliases: Mapping[str, str]  # tensor -> the one whose buffer it shares
 
 
-def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
-    """The steps of one pass over at most capacity samples, for every gradient mode alike."""
+def schedule(graph: Graph, capacity: int, momentum: bool, *, moves: bool = False) -> Schedule:
+    """The steps of one pass over at most capacity samples, for every gradient mode alike.
+
+    moves: the cut can be at the end of every stage, with its exit alone or with all up to it.
+    Otherwise it stays at the graph's, and all exits run.
+    """
+    stages = graph.stages if moves else (graph.joined,)
+    # at the shallowest cut the exit at it is all that there is up to it
+    variants = [Variant(s, upto) for s in range(len(stages)) for upto in (False, True) if s or upto]
+    ends = {stage.logits: (number, stage) for number, stage in enumerate(stages)}
+    places = {
+        op.name: (number, part)
+        for number, stage in enumerate(stages)
+        for part, ops in (("trunk", stage.trunk), ("exit", stage.exit))
+        for op in ops
+    }
     alias = {op.name: op.inputs[0] for op in graph.ops if op.kind == "branch"}
 
     def at(tensor: str) -> str:
@@ -93,15 +135,24 @@ def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
         }
         sizes |= {name: capacity * size for name, size in keeps.items()}
         reads = tuple(at(i) for i in op.inputs)
-        forward.append(
-            Step("forward", op, reads=reads, writes=(op.name, *keeps, *own(op, "forward")))
-        )
-    forward.append(Step("send", reads=(graph.cut, graph.logits)))
+        place = places[op.name]
+        writes = (op.name, *keeps, *own(op, "forward"))
+        forward.append(Step("forward", *place, op, reads=reads, writes=writes))
+        if op.name in ends:
+            number, stage = ends[op.name]
+            forward.append(Step("send", number, "cut", reads=(stage.point, stage.logits)))
     infer_end = len(forward)
 
-    losses, backward = [], []
-    backward.append(Step("weigh", writes=(gradient(graph.cut),)))
-    started = {gradient(graph.cut)}  # gradients that hold something already
+    losses = []
+    for name, logits in graph.exits.items():
+        p = softmax(logits)
+        sizes[p] = sizes[logits]
+        losses.append(Step("loss", *places[logits], exit=name, reads=(logits,), writes=(p,)))
+    for number, stage in enumerate(stages):
+        losses.append(Step("send", number, "cut", reads=(stage.point,)))
+
+    backward = []
+    started: set[str] = set()  # gradients that hold something already, at the deepest cut
 
     def starting(*names: str) -> tuple[str, ...]:
         """Those of the gradients that nothing was added to yet."""
@@ -109,15 +160,27 @@ def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
         started.update(fresh)
         return fresh
 
-    for name, logits in graph.exits.items():
-        p = f"{logits}:softmax"
-        sizes[p] = sizes[logits]
-        losses.append(Step("loss", exit=name, reads=(logits,), writes=(p,)))
-        d = gradient(logits)
-        backward.append(Step("loss_backward", exit=name, reads=(p,), clears=starting(d), adds=(d,)))
-    losses.append(Step("send", reads=(graph.cut,)))
-
+    exits = {logits: name for name, logits in graph.exits.items()}
     for op in reversed(graph.ops):
+        place = places[op.name]
+        if op.name in ends:
+            number, stage = ends[op.name]
+            d = gradient(stage.point)
+            backward.append(Step("weigh", number, "cut", writes=(d,)))
+            if stage is stages[-1]:
+                started.add(d)
+        if op.name in exits:
+            d, p = gradient(op.name), softmax(op.name)
+            backward.append(
+                Step(
+                    "loss_backward",
+                    *place,
+                    exit=exits[op.name],
+                    reads=(p,),
+                    clears=starting(d),
+                    adds=(d,),
+                )
+            )
         kind = OPS[op.kind]
         needed = [gradient(op.name)]
         needed += [at(i) for i in op.inputs] if kind.keeps_inputs else []
@@ -127,15 +190,17 @@ def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
         if not targets and not op.weights:
             continue
         adds = (*targets, GRADIENTS) if op.weights else targets
-        step = Step(
-            "backward",
-            op,
-            reads=tuple(needed),
-            writes=own(op, "backward"),
-            clears=starting(*targets),
-            adds=adds,
+        backward.append(
+            Step(
+                "backward",
+                *place,
+                op,
+                reads=tuple(needed),
+                writes=own(op, "backward"),
+                clears=starting(*targets),
+                adds=adds,
+            )
         )
-        backward.append(step)
     steps = (*forward, *losses, *backward)
 
     used = {b for s in steps for b in (*s.reads, *s.writes, *s.clears, *s.adds)}
@@ -145,7 +210,9 @@ def schedule(graph: Graph, capacity: int, momentum: bool) -> Schedule:
     if momentum:
         sizes[MOMENTUM] = 4 * graph.parameter_size
         lasting.append(MOMENTUM)
-    return Schedule(steps, infer_end, infer_end + len(losses), sizes, tuple(lasting), alias)
+    return Schedule(
+        steps, tuple(variants), infer_end, infer_end + len(losses), sizes, tuple(lasting), alias
+    )
 
 
 def lifetimes(schedule: Schedule, inputs: Iterable[str] = ("input",)) -> dict[str, tuple[int, int]]:
@@ -228,35 +295,49 @@ def _place(
 
 
 def verify(schedule: Schedule, plan: Plan, inputs: Iterable[str] = ("input",)) -> list[str]:
-    """Replays the schedule byte by byte; returns what would go wrong (empty: the plan is sound)."""
+    """Replays every variant byte by byte; returns what would go wrong (empty: a sound plan)."""
     faults: list[str] = []
+    for name, offset in plan.offsets.items():
+        if offset < 0 or offset + schedule.sizes[name] > plan.size:
+            faults.append(f"{name} lies outside of the arena")
+        if offset % ALIGNMENT:
+            faults.append(f"{name} is not aligned to {ALIGNMENT} bytes")
+    for variant in schedule.variants:
+        faults += _replay(schedule, variant, plan, (*schedule.lasting, *inputs))
+    return list(dict.fromkeys(faults))
+
+
+def _replay(
+    schedule: Schedule, variant: Variant, plan: Plan, there: Iterable[str]
+) -> Iterable[str]:
+    """What a variant's steps would find in place of what they need.
+
+    there: the buffers that hold something from the beginning.
+    """
     names = list(plan.offsets)
     numbers = {name: i for i, name in enumerate(names)}
-    owner = np.full(plan.size, -1, np.int32)
+    spans = {n: (plan.offsets[n], plan.offsets[n] + schedule.sizes[n]) for n in names}
+    # bytes between two neighbouring edges always have the same owner: one entry for all of them
+    edges = sorted({edge for span in spans.values() for edge in span})
+    entry = {edge: i for i, edge in enumerate(edges)}
+    parts = {n: slice(entry[start], entry[stop]) for n, (start, stop) in spans.items()}
+    owner = np.full(len(edges), -1, np.int32)
+    for name in there:
+        owner[parts[name]] = numbers[name]
 
-    def part(name: str) -> slice:
-        return slice(plan.offsets[name], plan.offsets[name] + schedule.sizes[name])
-
-    for name in names:
-        if plan.offsets[name] < 0 or part(name).stop > plan.size:
-            faults.append(f"{name} lies outside of the arena")
-        if plan.offsets[name] % ALIGNMENT:
-            faults.append(f"{name} is not aligned to {ALIGNMENT} bytes")
-    for name in (*schedule.lasting, *inputs):
-        owner[part(name)] = numbers[name]
+    def strangers(buffers: Iterable[str], i: int) -> Iterable[str]:
+        for name in buffers:
+            others = owner[parts[name]][owner[parts[name]] != numbers[name]]
+            if others.size:
+                other = names[others[0]] if others[0] >= 0 else "nothing"
+                yield f"step {i} needs {name}, but there lies {other}"
 
     for i, step in enumerate(schedule.steps):
-
-        def check(buffers: Iterable[str], i: int = i) -> None:
-            for name in buffers:
-                others = owner[part(name)][owner[part(name)] != numbers[name]]
-                if others.size:
-                    other = names[others[0]] if others[0] >= 0 else "nothing"
-                    faults.append(f"step {i} needs {name}, but there lies {other}")
-
-        check(step.reads)
+        if not step.runs(variant):
+            continue
+        yield from strangers(step.reads, i)
         for name in (*step.clears, *step.writes):
-            owner[part(name)] = numbers[name]
-        check((*step.reads, *step.adds))  # what a step assigns must not lie on what it reads
-    check(schedule.lasting, len(schedule.steps))
-    return faults
+            owner[parts[name]] = numbers[name]
+        # what a step assigns must not lie on what it reads
+        yield from strangers((*step.reads, *step.adds), i)
+    yield from strangers(schedule.lasting, len(schedule.steps))

@@ -17,6 +17,7 @@ from splitee.data import Dataset, Images
 from splitee.errors import CutError, FitError, FleetError
 from splitee.exits import Exit
 from splitee.fleet import ClientTable, Fleet
+from splitee.graph import Graph
 from splitee.model import Cut, Network, Segment, Tail
 from splitee.place import Build, Room, deepest_that_fits
 from splitee.server import Server
@@ -38,8 +39,9 @@ class Member:
     """One client, ready to be brought up: its segment with initial weights, and its shard."""
 
     table: ClientTable
-    cut: Cut
-    segment: Segment
+    cut: Cut  # where it begins
+    upto: bool  # with all exits built in up to there, or only the one at the cut
+    segment: Segment  # all that is built in
     build: Build
     images: Images
     seed: int  # of its data order
@@ -50,9 +52,15 @@ class Member:
         return self.table.name
 
     @cached_property
+    def graph(self) -> Graph:
+        """What runs at its cut."""
+        return self.build.graph.at(self.cut.name, upto=self.upto)
+
+    @cached_property
     def state(self) -> State:
         """Where it starts: initial weights, no momentum yet, at the head of its data order."""
-        weights = {n: t.detach().cpu().numpy().copy() for n, t in self.segment.tensors().items()}
+        tensors = self.segment.at(self.cut.name, upto=self.upto).tensors()
+        weights = {n: t.detach().cpu().numpy().copy() for n, t in tensors.items()}
         return State(weights, {}, Place(len(self.images), self.seed))
 
 
@@ -98,11 +106,11 @@ class Assembly:
             )
         return norm if norm != "auto" else ("group" if firmware else "batch")
 
-    def _segment(self, cut: Cut) -> Segment:
-        """A client's own copy of the network up to a cut, with the exits that it trains."""
+    def _segment(self, cut: Cut, *, moves: bool) -> Segment:
+        """A client's own copy of the network up to a cut, with the exits that are built in."""
         network = Network(copy.deepcopy(self._model), self.dataset.shape)
         last = self.cuts.index(cut)
-        first = 0 if self.fleet.exits == "upto" else last
+        first = 0 if moves or self.fleet.exits == "upto" else last
         exits = {c.name: copy.deepcopy(self._exits[c.name]) for c in self.cuts[first : last + 1]}
         return Segment(network, cut, exits)
 
@@ -111,11 +119,14 @@ class Assembly:
         usual = FIRMWARE_CAPACITY if self.boards[table.name].firmware else self.fleet.batch
         return min(table.capacity or usual, self.fleet.batch)
 
-    def build(self, table: ClientTable, cut: Cut) -> Build:
-        """What a client would be built with at a cut."""
-        return self._build(table, self._segment(cut))
+    def build(self, table: ClientTable, cut: Cut, *, moves: bool = False) -> Build:
+        """What a client would be built with, up to a cut.
 
-    def _build(self, table: ClientTable, segment: Segment) -> Build:
+        moves: with every cut up to it, and their exits, so that the client's can move.
+        """
+        return self._build(table, self._segment(cut, moves=moves), moves)
+
+    def _build(self, table: ClientTable, segment: Segment, moves: bool) -> Build:
         return Build(
             graph=capture(segment, self.dataset.classes),
             capacity=self.capacity(table),
@@ -123,36 +134,54 @@ class Assembly:
             samples_max=len(self._shards[table.name]),
             scale=self.dataset.scale,
             shift=self.dataset.shift,
+            moves=moves,
         )
 
-    def builds(self, table: ClientTable) -> list[Build]:
-        """What a client would be built with at each cut, the shallowest first."""
-        return [self.build(table, cut) for cut in self.cuts]
+    def builds(self, table: ClientTable, *, moves: bool = False) -> list[Build]:
+        """What a client would be built with up to each cut, the shallowest first."""
+        return [self.build(table, cut, moves=moves) for cut in self.cuts]
 
-    def choose(self, table: ClientTable) -> Cut:
-        """The cut that the fleet file names, or the deepest that fits."""
-        if table.cut != "auto":
-            cut = self._network.cut(table.cut)
+    def choose(self, table: ClientTable) -> tuple[Cut, Cut]:
+        """Where a client begins, and up to which cut it is built.
+
+        They are the cuts that the fleet file names, or the deepest that fits.
+        """
+        if table.deepest is None:
+            cut = self._chosen(table, table.cut, moves=False)
+            return cut, cut
+        deepest = self._chosen(table, table.deepest, moves=True)
+        cut = deepest if table.cut == "auto" else self._chosen(table, table.cut, moves=True)
+        if self.cuts.index(cut) > self.cuts.index(deepest):
+            raise CutError(
+                f'client "{table.name}": cut "{cut.name}" lies behind "{deepest.name}", the '
+                f'deepest that it is built with: take deepest = "{cut.name}" or a shallower cut'
+            )
+        return cut, deepest
+
+    def _chosen(self, table: ClientTable, spec: str | int, *, moves: bool) -> Cut:
+        if spec != "auto":
+            cut = self._network.cut(spec)
             if cut.number is None:
                 listed = ", ".join(f"{c.number} {c.name}" for c in self.cuts)
                 raise CutError(f'cut "{cut.name}" has no exit; clients take one of {listed}')
             return cut
         room = self.boards[table.name].room
-        fitting = deepest_that_fits(self.builds(table), room)
+        fitting = deepest_that_fits(self.builds(table, moves=moves), room)
         if fitting is None:
             raise FitError(self._no_fit(table, self.cuts[0]))
-        return self._network.cut(list(fitting.graph.exits)[-1])
+        return self._network.cut(fitting.stages[-1].cut)
 
     def _no_fit(self, table: ClientTable, cut: Cut) -> str:
         room = self.boards[table.name].room
         assert room is not None
-        fitting = deepest_that_fits(self.builds(table), room)
+        moves = table.deepest is not None
+        fitting = deepest_that_fits(self.builds(table, moves=moves), room)
         where = (
-            f'cut at "{list(fitting.graph.exits)[-1]}", which fits'
+            f'{"build up to" if moves else "cut at"} "{fitting.stages[-1].cut}", which fits'
             if fitting
             else "take a narrower network, a smaller capacity or share, or a larger board"
         )
-        shortage = self.build(table, cut).shortage(room)
+        shortage = self.build(table, cut, moves=moves).shortage(room)
         return (
             f'client "{table.name}": its segment up to {cut.name} {shortage} on '
             f"{table.board}: {where}"
@@ -166,19 +195,22 @@ class Assembly:
         """
         index = [c.name for c in self.fleet.client].index(name)
         table = self.fleet.client[index]
-        cut = self.choose(table)
-        segment = self._segment(cut)
-        build = self._build(table, segment)
+        cut, deepest = self.choose(table)
+        moves = table.deepest is not None
+        segment = self._segment(deepest, moves=moves)
+        build = self._build(table, segment, moves)
         room = self.boards[name].room
         if room is not None and build.shortage(room):
-            raise FitError(self._no_fit(table, cut))
+            raise FitError(self._no_fit(table, deepest))
         if self.norm == "batch" and build.capacity < self.fleet.batch:
             raise FleetError(
                 f'client "{name}": batch norm needs the whole batch at once: '
                 f'capacity = {self.fleet.batch}, or norm = "group"'
             )
         seed = (self.fleet.seed * 4096 + index) & 0xFFFFFFFF  # 32 bits on a device
-        return Member(table, cut, segment, build, self._shards[name], seed)
+        # without other cuts, the exits that are built in are those that the fleet has
+        upto = not moves or self.fleet.exits == "upto"
+        return Member(table, cut, upto, segment, build, self._shards[name], seed)
 
     @cached_property
     def members(self) -> list[Member]:
@@ -187,7 +219,7 @@ class Assembly:
 
     def local(self, member: Member, device: str = "cpu") -> LocalClient:
         """The client in this process that a member describes; start it before it trains."""
-        return LocalClient(
+        client = LocalClient(
             member.name,
             copy.deepcopy(member.segment),
             self.fleet.settings,
@@ -196,6 +228,8 @@ class Assembly:
             shift=self.dataset.shift,
             device=device,
         )
+        client.move(member.cut.name, upto=member.upto)
+        return client
 
     def strategy(self, clients: Sequence[Client], device: str = "cpu") -> Averaging | Sequential:
         """The fleet's strategy over clients (a subset of the fleet's, in its order)."""

@@ -198,15 +198,14 @@ def capture(segment: Segment, classes: int) -> Graph:
     ordered: list[Op] = []
     for op in capture.ops:
         ordered += [op, *exit_ops.get(op.name, [])]
-    tensors = segment.tensors()
-    trained = {n for n, _ in segment.trunk.named_parameters()}
-    trained |= {n for n in tensors if n.startswith("exits.")}
+    used = [name for op in ordered for name in op.weights.values()]
+    trained = {n for n, t in segment.tensors().items() if isinstance(t, nn.Parameter)}
     return Graph(
         input="input",
         input_shape=segment.input_shape,
         ops=tuple(ordered),
-        parameters={n: capture.arrays[n] for n in tensors if n in trained},
-        statistics={n: capture.arrays[n] for n in tensors if n not in trained},
+        parameters={n: capture.arrays[n] for n in used if n in trained},
+        statistics={n: capture.arrays[n] for n in used if n not in trained},
         cut=points[-1],
         exits=exits,
         classes=classes,

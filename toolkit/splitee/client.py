@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from splitee.data import Images, draw_order
 from splitee.model import Segment
@@ -102,6 +102,13 @@ class Client(Protocol):
     def start(self, state: State, images: Images) -> None:
         """Makes it this client: sends what it lacks of the shard, then the state."""
 
+    def move(self, cut: str, *, upto: bool) -> None:
+        """Ends at another of the cuts that it was built with, from the next batch on.
+
+        upto: all exits up to the cut learn, not only the one at it. Layers that take no part stay
+        as they are; those that come in are as they were left, so give them their weights.
+        """
+
     def forward(self, count: int, batch: int) -> Part:
         """Runs its next count samples forward, as a part of a batch of batch samples."""
 
@@ -150,7 +157,11 @@ class _Pass:
 
 
 class LocalClient:
-    """A client in this process, in torch."""
+    """A client in this process, in torch.
+
+    It is made for its deepest cut, and can be moved to any with an exit in that segment. What is
+    said of its layers means those up to its cut, unless every is true.
+    """
 
     def __init__(
         self,
@@ -167,12 +178,11 @@ class LocalClient:
         self.cut = segment.cut.name
         self.capacity = capacity
         self.traffic = Traffic()
-        self.segment = segment.to(device).train()
+        self.segment = segment.to(device).train()  # up to the cut
         self.device = device
-        self._parameters = {
-            n: t for n, t in segment.tensors().items() if isinstance(t, torch.nn.Parameter)
-        }
-        self._optimizer = torch.optim.SGD(self._parameters.values(), lr=settings.learning_rate)
+        self._whole = self.segment
+        parameters = [t for t in segment.tensors().values() if isinstance(t, nn.Parameter)]
+        self._optimizer = torch.optim.SGD(parameters, lr=settings.learning_rate)
         self.settings = settings
         self._scale = torch.tensor(scale, device=device)[:, None, None]
         self._shift = torch.tensor(shift, device=device)[:, None, None]
@@ -203,35 +213,54 @@ class LocalClient:
         self._images = images
         self.load_state(state)
 
+    def move(self, cut: str, *, upto: bool) -> None:
+        """Ends at another cut; see ``Client.move``."""
+        assert self._pass is None, "a cut moves between batches"
+        self.segment = self._whole.at(cut, upto=upto)
+        self.cut = cut
+
+    def _tensors(self, every: bool) -> dict[str, Tensor]:
+        return (self._whole if every else self.segment).tensors()
+
+    def _parameters(self, every: bool) -> dict[str, nn.Parameter]:
+        return {n: t for n, t in self._tensors(every).items() if isinstance(t, nn.Parameter)}
+
     def load_state(self, state: State) -> None:
-        """Replaces weights, momentum and place."""
+        """Replaces weights, momentum and place; at the first step no layer has momentum."""
+        if state.place.steps == 0:
+            self._optimizer.state.clear()
         self.load_weights(state.weights)
         self.load_momentum(state.momentum)
         self.place = state.place
         self._order = draw_order(state.place.samples, state.place.seed, state.place.epoch)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets a batch that was not finished."""
         self._optimizer.zero_grad()
         self._pass = None
         self._loss, self._correct = 0.0, 0
 
-    def load_momentum(self, momentum: Mapping[str, Array]) -> None:
+    def load_momentum(self, momentum: Mapping[str, Array], *, every: bool = False) -> None:
         """Replaces the optimiser's velocity; parameters that are not named begin anew."""
-        self._optimizer.state.clear()
-        for name, value in momentum.items():
-            buffer = torch.tensor(value, device=self.device)
-            self._optimizer.state[self._parameters[name]]["momentum_buffer"] = buffer
+        for name, parameter in self._parameters(every).items():
+            self._optimizer.state.pop(parameter, None)
+            if name in momentum:
+                buffer = torch.tensor(momentum[name], device=self.device)
+                self._optimizer.state[parameter]["momentum_buffer"] = buffer
 
-    def load_weights(self, weights: Mapping[str, Array]) -> None:
+    def load_weights(self, weights: Mapping[str, Array], *, every: bool = False) -> None:
         """Replaces parameters and statistics."""
         with torch.no_grad():
-            for name, tensor in self.segment.tensors().items():
+            for name, tensor in self._tensors(every).items():
                 tensor.copy_(torch.as_tensor(weights[name]))
 
-    def state(self) -> State:
+    def state(self, *, every: bool = False) -> State:
         """Everything that it has learnt, and its place."""
-        weights = {n: _array(t) for n, t in self.segment.tensors().items()}
+        weights = {n: _array(t) for n, t in self._tensors(every).items()}
         momentum: dict[str, Array] = {}
         if self.settings.momentum:
-            for name, parameter in self._parameters.items():
+            for name, parameter in self._parameters(every).items():
                 buffer = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
                 momentum[name] = (
                     np.zeros(parameter.shape, np.float32) if buffer is None else _array(buffer)
@@ -298,11 +327,11 @@ class LocalClient:
         self.segment.train()
         return points[-1], logits[-1]
 
-    def gradients(self) -> dict[str, Array]:
+    def gradients(self, *, every: bool = False) -> dict[str, Array]:
         """Gradients of this batch so far, by parameter (zeros where nothing came)."""
         return {
             n: np.zeros(p.shape, np.float32) if p.grad is None else _array(p.grad)
-            for n, p in self._parameters.items()
+            for n, p in self._parameters(every).items()
         }
 
     def close(self) -> None:

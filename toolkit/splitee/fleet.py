@@ -51,6 +51,9 @@ class ClientTable(_Table):
     board: str = "torch"  # a name that `splitee boards` lists
     link: str | None = None  # None: the board's own; or an address of a device that runs already
     cut: str | int = "auto"  # module path, number, or auto: the deepest that fits
+    # a cut as above: every cut up to it is built in, so that the client's can move without a new
+    # build, and "auto" begins there; None: only the client's, with the exits that the fleet has
+    deepest: str | int | None = None
     capacity: Annotated[int, Field(ge=1, le=4096)] | None = None  # samples held at once
     share: Annotated[float, Field(gt=0)] = 1.0  # of the training data, relative to the others
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,28 @@ class Op:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What lies between two cuts, and the exit on top of it."""
+
+    cut: str  # the name of the cut at its end
+    point: str  # the tensor that is sent there
+    logits: str
+    trunk: tuple[Op, ...]
+    exit: tuple[Op, ...]
+
+
+@dataclass(frozen=True)
 class Graph:
-    """Trunk and exits of one client."""
+    """Trunk and exits of one client.
+
+    An exit's operations stand directly behind the tensor that it is on top of, and weights in the
+    order of the operations that use them: each stage's, and each exit's, are neighbours.
+    """
 
     input: str
     input_shape: Shape  # of one sample: (channels, height, width)
     ops: tuple[Op, ...]
-    parameters: Mapping[str, Array]  # trained, by state-dict name, in the order of the state
+    parameters: Mapping[str, Array]  # trained, by state-dict name
     statistics: Mapping[str, Array]  # running statistics of norms
     cut: str  # the tensor that is sent
     exits: Mapping[str, str]  # name of a cut -> its logits; the last is the exit at this cut
@@ -62,6 +78,69 @@ class Graph:
     def logits(self) -> str:
         """The logits of the exit at the cut."""
         return list(self.exits.values())[-1]
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """What each cut adds to the one below; only cuts with an exit count."""
+        names = {logits: cut for cut, logits in self.exits.items()}
+        stages: list[Stage] = []
+        trunk: list[Op] = []
+        exit: list[Op] = []
+        for op in self.ops:
+            in_exit = op.kind == "branch" or any(e.name in op.inputs for e in exit)
+            (exit if in_exit else trunk).append(op)
+            if op.name in names:
+                point = exit[0].inputs[0]
+                stages.append(Stage(names[op.name], point, op.name, tuple(trunk), tuple(exit)))
+                trunk, exit = [], []
+        return tuple(stages)
+
+    @property
+    def joined(self) -> Stage:
+        """All stages as one, for a cut that stays where it is: lower exits belong to the trunk."""
+        last = self.stages[-1]
+        return replace(last, trunk=self.ops[: -len(last.exit)])
+
+    def at(self, cut: str, *, upto: bool) -> Graph:
+        """The part of this graph that runs with a shallower cut, values shared.
+
+        upto: with every exit up to that cut, not only with the one at it.
+        """
+        depth = [stage.cut for stage in self.stages].index(cut) + 1
+        chosen = self.stages[:depth]
+        ops: list[Op] = []
+        for stage in chosen:
+            ops += [*stage.trunk, *(stage.exit if upto or stage.cut == cut else ())]
+        used = {name for op in ops for name in op.weights.values()}
+        kept = {op.name for op in ops}
+        return replace(
+            self,
+            ops=tuple(ops),
+            parameters={n: v for n, v in self.parameters.items() if n in used},
+            statistics={n: v for n, v in self.statistics.items() if n in used},
+            cut=chosen[-1].point,
+            exits={name: logits for name, logits in self.exits.items() if logits in kept},
+        )
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each of the weights begins in the one vector that a device keeps."""
+        ends = accumulate((w.size for w in self.weights.values()), initial=0)
+        return dict(zip(self.weights, ends, strict=False))
+
+    def ranges(self, names: Iterable[str]) -> list[slice]:
+        """The parts of that vector in which those weights lie, neighbours as one part.
+
+        names: in the order of this graph.
+        """
+        found: list[slice] = []
+        for name in names:
+            start = self.places[name]
+            stop = start + self.weights[name].size
+            if found and found[-1].stop == start:
+                start = found.pop().start
+            found.append(slice(start, stop))
+        return found
 
     def elements(self, tensor: str) -> int:
         """Values per sample of a tensor."""

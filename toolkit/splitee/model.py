@@ -237,17 +237,50 @@ class Segment(nn.Module):
 
     def __init__(self, network: Network, cut: Cut, exits: dict[str, Exit]) -> None:
         """exits by the name of their cut, in the network's order."""
+        cuts = (*(network.cut(name) for name in list(exits)[:-1]), cut)
+        trunk = network.between(None, cuts)
+        self._fill(network.input_shape, cuts, trunk, list(exits.values()))
+
+    def _fill(
+        self,
+        shape: tuple[int, ...],
+        cuts: tuple[Cut, ...],
+        trunk: fx.GraphModule,
+        exits: Sequence[nn.Module],
+    ) -> None:
         super().__init__()
-        self.cut = cut
-        self.input_shape = network.input_shape
-        self.exit_names = tuple(exits)
-        self.trunk = network.between(None, [network.cut(name) for name in exits])
-        self.exits = nn.ModuleList(exits.values())
+        self.cut = cuts[-1]
+        self.cuts = cuts  # those with an exit
+        self.input_shape = shape
+        self.exit_names = tuple(cut.name for cut in cuts)
+        self.trunk = trunk
+        self.exits = nn.ModuleList(exits)
 
     def forward(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The activations (batch, *shape) and logits (batch, classes) at every exit."""
         points = self.trunk(x)
         return points, tuple(e(p) for e, p in zip(self.exits, points, strict=True))
+
+    def at(self, cut: str, *, upto: bool) -> Segment:
+        """The part of this segment that runs with a shallower cut; it shares the submodules.
+
+        upto: with every exit up to that cut, not only with the one at it.
+        """
+        depth = self.exit_names.index(cut)
+        chosen = slice(0 if upto else depth, depth + 1)
+        *nodes, output = self.trunk.graph.nodes
+        (points,) = output.args
+        stops = points[chosen]
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in nodes[: nodes.index(stops[-1]) + 1]:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[stop] for stop in stops))
+        part = Segment.__new__(Segment)
+        trunk = fx.GraphModule(self.trunk, graph)
+        part._fill(self.input_shape, self.cuts[chosen], trunk, list(self.exits)[chosen])
+        part.training = self.training
+        return part
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and statistics by their names in the whole network; exits.<cut>.* for exits.

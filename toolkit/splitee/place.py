@@ -9,7 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from splitee import arena
-from splitee.graph import Graph
+from splitee.errors import CutError
+from splitee.graph import Graph, Stage
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,41 @@ class Room:
 class Build:
     """A segment as it is built for a device: everything that is fixed before it runs."""
 
-    graph: Graph
+    graph: Graph  # up to the deepest cut
     capacity: int  # samples held at once
     momentum: bool  # whether the optimiser has a velocity per parameter
     samples_max: int  # records that the shard has room for
     scale: tuple[float, ...]  # per channel: input = byte * scale + shift
     shift: tuple[float, ...]
+    moves: bool = False  # whether the cut can be at any of the graph's exits, or only at the last
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages at whose ends the cut can be; the device counts them from 1."""
+        return self.graph.stages if self.moves else (self.graph.joined,)
+
+    def number(self, cut: str, *, upto: bool) -> int:
+        """The number of a cut on the device.
+
+        Raises CutError for one that is not built in, or that is not with these exits.
+        """
+        cuts = [stage.cut for stage in self.stages]
+        if cut in cuts and (self.moves or upto or len(self.graph.exits) == 1):
+            return 1 + cuts.index(cut)
+        exits = "every exit up to it" if upto else "its exit alone"
+        raise CutError(
+            f"the segment is built for {', '.join(cuts)}, not for {cut} with {exits}: build it "
+            "with `deepest` in the fleet file"
+        )
 
     @cached_property
     def schedule(self) -> arena.Schedule:
         """The steps of one pass."""
-        return arena.schedule(self.graph, self.capacity, self.momentum)
+        return arena.schedule(self.graph, self.capacity, self.momentum, moves=self.moves)
 
     @cached_property
     def plan(self) -> arena.Plan:
-        """The place of every buffer. Verified: an unsound plan is a defect of ours."""
+        """The place of every buffer, at every cut. Verified: an unsound plan is our defect."""
         plan = arena.plan(self.schedule)
         faults = arena.verify(self.schedule, plan)
         assert not faults, faults
@@ -55,6 +76,7 @@ class Build:
             capacity=self.capacity,
             momentum=int(self.momentum),
             samples_max=self.samples_max,
+            moves=int(self.moves),
             constants=int.from_bytes(constants, "little"),
         )
 
@@ -70,7 +92,7 @@ class Build:
 
     @property
     def bytes_up_per_sample(self) -> int:
-        """What a sample sends up: its activations as float32, and its label."""
+        """What a sample sends up at the deepest cut: its activations as float32, and its label."""
         return 4 * self.graph.elements(self.graph.cut) + 1
 
     @property

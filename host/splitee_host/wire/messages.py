@@ -49,6 +49,7 @@ class Error(IntEnum):
     BAD_LABEL = 9  # detail: the label
     NO_MOMENTUM = 10  # the segment was built without momentum
     BAD_STEP = 11  # detail: number of steps in the segment
+    NO_SUCH_CUT = 12  # detail: number of cuts in the segment
 
 
 class Message:
@@ -182,6 +183,19 @@ class Run(Message):
 
 
 @dataclass(frozen=True)
+class Select(Message):
+    """Puts the cut at one of those that are built in; it waits for an idle device.
+
+    At power-up it is the last, with all exits. Layers that take no part keep their weights and
+    their momentum; Region.ACTIVATIONS, GRADIENT and LOGITS are those at the cut.
+    """
+
+    CODE = 0x0D
+    cut: U8  # 1 is the shallowest
+    upto: U8  # 0: the exit at the cut learns; otherwise all up to it do
+
+
+@dataclass(frozen=True)
 class Done(Message):
     """The request was carried out."""
 
@@ -266,6 +280,7 @@ REQUESTS: tuple[type[Message], ...] = (
     Write,
     Stats,
     Run,
+    Select,
 )
 ANSWERS: tuple[type[Message], ...] = (
     Done,
