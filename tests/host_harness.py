@@ -75,9 +75,19 @@ def serving(client: LocalClient, build: Build) -> Iterator[Link]:
             served.result()
 
 
-def host(link: Link, case: Case, settings: Settings = SETTINGS, *, session: int = 1) -> Device:
+def host(
+    link: Link,
+    case: Case,
+    settings: Settings = SETTINGS,
+    *,
+    session: int = 1,
+    cut: str | None = None,
+    upto: bool = True,
+) -> Device:
     """A host at the other end, which has said nothing yet."""
-    return Device("it", link, case.build, settings, session=session, patience=20.0)
+    return Device(
+        "it", link, case.build, settings, cut=cut, upto=upto, session=session, patience=20.0
+    )
 
 
 def differences(a: State, b: State) -> list[str]:

@@ -54,7 +54,13 @@ def pools() -> nn.Module:
 
 
 def case(
-    kind: str, *, width: int = 6, capacity: int = 8, samples: int = 24, momentum: bool = True
+    kind: str,
+    *,
+    width: int = 6,
+    capacity: int = 8,
+    samples: int = 24,
+    momentum: bool = True,
+    moves: bool = False,
 ) -> Case:
     """resnet8 up to layer2, or the network of pools up to its second stage, exits at every cut."""
     torch.manual_seed(7)
@@ -79,6 +85,7 @@ def case(
         samples,
         scale=(1 / 64,) * channels,
         shift=(-2.0,) * channels,
+        moves=moves,
     )
     rng = np.random.default_rng(3)
     images = Images(

@@ -221,17 +221,14 @@ class Device:
 
         Raises CutError for one that is not built in, and DeviceRefused in the midst of a batch.
         """
+        self.request(m.Select(self.build.number(cut, upto=upto), int(upto)), m.Done)
         self._put(cut, upto)
-        self._select()
 
     def _put(self, cut: str, upto: bool) -> None:
         self._number = self.build.number(cut, upto=upto)
         self.cut = cut
         self.upto = upto
         self.graph = self.build.graph.at(cut, upto=upto)
-
-    def _select(self) -> None:
-        self.request(m.Select(self._number, int(self.upto)), m.Done)
 
     def steps(self) -> list[int]:
         """Those of the segment's steps that run at its cut."""
@@ -247,7 +244,7 @@ class Device:
             size = self._receive_max - len(m.Data(0, b"").pack())
             for start in range(0, len(content), size):
                 self.request(m.Data(start, content[start : start + size]), m.Done)
-        self._select()
+        self.move(self.cut, upto=self.upto)
         self._send_settings()
         self.load_state(state)
 

@@ -8,6 +8,7 @@ step in float64, by autograd and torch.optim.SGD.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,11 +95,14 @@ def step_on_device(device: Device, count: int, sent: Tensor | None) -> dict[str,
     graph, plan = build.graph, build.plan
     part = device.forward(count, count)
     tensors: dict[str, Array] = {"sent": part.activations.numpy()}
+    done = 0
     for i in device.steps():
         step = build.schedule.steps[i]
         if step.action == "weigh" and sent is not None:
             device.write(m.Region.GRADIENT, sent.numpy().astype("<f4").tobytes())
-        device.request(m.Run(i, i + 1), m.Done)
+        # with those in between that take no part: the device leaves them out, or it is noticed
+        device.request(m.Run(done, i + 1), m.Done)
+        done = i + 1
         for name in {*step.writes, *step.adds, *step.clears}:
             tensor = name[2:-1] if name.startswith("d(") else name
             if tensor in graph.shapes:  # not a buffer of ours alone, such as a norm's mean
@@ -115,9 +119,17 @@ def step_on_device(device: Device, count: int, sent: Tensor | None) -> dict[str,
 
 
 def step_in_torch(
-    segment: Segment, build: Build, part: Images, settings: Settings, sent: Tensor | None
+    segment: Segment,
+    build: Build,
+    part: Images,
+    settings: Settings,
+    sent: Tensor | None,
+    momentum: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """The same step in float64; the segment given is left as it is."""
+    """The same step in float64; the segment given is left as it is.
+
+    momentum: what each parameter has already, where there is any.
+    """
     segment = copy.deepcopy(segment).double()
     parameters = segment.tensors()
     optimizer = torch.optim.SGD(
@@ -126,6 +138,9 @@ def step_in_torch(
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
+    for name, value in (momentum or {}).items():
+        buffer = torch.tensor(value, dtype=torch.float64)
+        optimizer.state[parameters[name]]["momentum_buffer"] = buffer
     scale = torch.tensor(build.scale, dtype=torch.float64)[:, None, None]
     shift = torch.tensor(build.shift, dtype=torch.float64)[:, None, None]
     x = torch.from_numpy(part.x).double() * scale + shift

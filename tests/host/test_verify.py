@@ -37,7 +37,7 @@ def compared(folder: Path, *, planted: str = "", by: float = 0.0) -> list[Differ
 
 def test_every_tensor_agrees_the_worst_first(folder: Path) -> None:
     found = compared(folder)
-    assert {d.tensor for d in found} == set(names(CASE.build))
+    assert {d.tensor for d in found} == set(names(CASE.build.graph, momentum=True))
     assert [d.error for d in found] == sorted((d.error for d in found), reverse=True)
     assert all(d.good for d in found)
 

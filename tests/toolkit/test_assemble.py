@@ -149,6 +149,72 @@ def test_exits_are_those_at_the_cut_or_all_up_to_it() -> None:
         assert fleet.member("a").segment.exit_names == names
 
 
+def cuts_of(fleet: Assembly, name: str = "a") -> tuple[str, list[str]]:
+    """Where a client begins, and the cuts that are built in."""
+    member = fleet.member(name)
+    return member.cut.name, [stage.cut for stage in member.build.stages]
+
+
+@pytest.mark.parametrize("exits", ["own", "upto"])
+def test_every_cut_up_to_the_deepest_is_built_in(exits: str) -> None:
+    fleet = assembly("a:torch:cut = 1:deepest = 'layer2'", f'exits = "{exits}"')
+    assert cuts_of(fleet) == ("stem", ["stem", "layer1", "layer2"])
+    assert fleet.member("a").segment.exit_names == ("stem", "layer1", "layer2")
+    assert tuple(fleet.member("a").graph.exits) == ("stem",)
+    assert {n.split(".")[0] for n in fleet.member("a").state.weights} == {"stem", "exits"}
+    client = fleet.local(fleet.member("a"))
+    assert client.cut == "stem"
+    client.move("layer2", upto=False)
+    assert client.cut == "layer2"
+
+
+@pytest.mark.parametrize("exits", ["own", "upto"])
+def test_only_the_clients_cut_is_built_in_by_default(exits: str) -> None:
+    fleet = assembly("a:torch:cut = 'layer1'", f'exits = "{exits}"')
+    assert cuts_of(fleet) == ("layer1", ["layer1"])
+    assert not fleet.member("a").build.moves
+
+
+def test_one_build_serves_every_cut_and_both_kinds_of_exits() -> None:
+    fleets = [
+        assembly(f"a:torch:cut = {cut}:deepest = 3", f'exits = "{exits}"')
+        for cut in (1, 2, 3)
+        for exits in ("own", "upto")
+    ]
+    assert len({fleet.member("a").build.checksum for fleet in fleets}) == 1
+    assert [tuple(fleet.member("a").graph.exits) for fleet in fleets] == [
+        ("stem",), ("stem",), ("layer1",), ("stem", "layer1"),
+        ("layer2",), ("stem", "layer1", "layer2"),
+    ]  # fmt: skip
+
+
+def test_auto_begins_at_the_deepest_and_the_deepest_may_be_auto() -> None:
+    assert cuts_of(assembly("a:torch:deepest = 2")) == ("layer1", ["stem", "layer1"])
+    one = assembly("a:mcu", mcu=ENDLESS)
+    ram = one.builds(one.fleet.client[0], moves=True)[2].ram_bytes(ENDLESS)
+    assert ram > needed(3)  # the exits below take memory of their own
+    exact = assembly("a:mcu:cut = 1:deepest = 'auto'", mcu=room(ram))
+    assert cuts_of(exact) == ("stem", ["stem", "layer1", "layer2"])
+    tight = assembly("a:mcu:deepest = 'auto'", mcu=room(ram - 1))
+    assert cuts_of(tight) == ("layer1", ["stem", "layer1"])
+
+
+def test_a_cut_behind_the_deepest_is_refused() -> None:
+    fleet = assembly("a:torch:cut = 'layer2':deepest = 'layer1'")
+    message = (
+        'client "a": cut "layer2" lies behind "layer1", the deepest that it is built with: '
+        'take deepest = "layer2" or a shallower cut'
+    )
+    with pytest.raises(CutError, match=f"^{re.escape(message)}$"):
+        fleet.member("a")
+
+
+def test_a_build_that_is_too_large_says_up_to_where_it_fits() -> None:
+    fleet = assembly("a:mcu:cut = 1:deepest = 4", mcu=room(needed(4)))
+    with pytest.raises(FitError, match=r'its segment up to layer3 needs .* build up to "layer2"'):
+        fleet.member("a")
+
+
 def test_all_copies_of_a_layer_begin_alike() -> None:
     fleet = assembly("a:torch:cut = 1, b:torch:cut = 3", 'exits = "upto"')
     a, b = (m.state.weights for m in fleet.members)

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from splitee.capture import capture
+from splitee.errors import CutError
 from splitee.model import Network
 from splitee.place import STEP_CODE, Build, Room, deepest_that_fits, kib
 from toolkit.networks import CLASSES, SCALE, SHAPE, SHIFT, resnet, segment_at
@@ -94,5 +95,48 @@ def test_a_builds_checksum_names_structure_and_settings_and_not_values() -> None
         dataclasses.replace(one, samples_max=99),
         dataclasses.replace(one, scale=(0.5,)),
         dataclasses.replace(one, shift=(0.5,)),
+        dataclasses.replace(one, moves=True),
     ]
     assert len({b.checksum for b in (one, *others)}) == len(others) + 1
+
+
+def every_cut(*, upto: bool = True, moves: bool = True) -> Build:
+    """A build up to layer2."""
+    graph = capture(segment_at(Network(resnet(), SHAPE), "layer2", upto=upto), CLASSES)
+    return Build(graph, 4, True, samples_max=100, scale=SCALE, shift=SHIFT, moves=moves)
+
+
+def test_cuts_are_counted_from_the_shallowest_that_is_built_in() -> None:
+    every = every_cut()
+    numbers = [every.number(cut, upto=upto) for cut in CUTS[:3] for upto in (False, True)]
+    assert numbers == [1, 1, 2, 2, 3, 3]
+    assert build("layer2").number("layer2", upto=False) == 1
+    assert build("layer2").number("layer2", upto=True) == 1
+    assert every_cut(moves=False).number("layer2", upto=True) == 1
+
+
+@pytest.mark.parametrize(
+    ("build", "cut", "upto", "words"),
+    [
+        (every_cut(), "layer3", True, "stem, layer1, layer2, not for layer3 with every exit up to"),
+        (build("layer2"), "stem", False, "layer2, not for stem with its exit alone"),
+        (every_cut(moves=False), "layer1", True, "layer2, not for layer1 with every exit up to it"),
+        (every_cut(moves=False), "layer2", False, "layer2, not for layer2 with its exit alone"),
+    ],
+)
+def test_a_cut_that_is_not_built_in_is_refused(
+    build: Build, cut: str, upto: bool, words: str
+) -> None:
+    with pytest.raises(CutError, match=f"^the segment is built for {words}.*`deepest` in the"):
+        build.number(cut, upto=upto)
+
+
+def test_every_cut_costs_the_exits_that_a_single_one_has_not_and_a_few_steps() -> None:
+    every, single, own = every_cut(), every_cut(moves=False), build("layer2")
+    assert every.arena_bytes == single.arena_bytes
+    assert every.weight_bytes == single.weight_bytes
+    # a send behind each exit and one behind the losses, and a weigh, for two further cuts
+    assert every.flash_bytes(ROOM) - single.flash_bytes(ROOM) == 2 * 3 * STEP_CODE
+    exits = 2 * (640 + 10)
+    assert every.weight_bytes - own.weight_bytes == 4 * exits
+    assert every.arena_bytes - own.arena_bytes >= 2 * 4 * exits  # gradients and momentum

@@ -215,15 +215,16 @@ class LocalClient:
 
     def move(self, cut: str, *, upto: bool) -> None:
         """Ends at another cut; see ``Client.move``."""
-        assert self._pass is None, "a cut moves between batches"
+        held = [self._pass, *(p.grad for p in self._parameters(every=True).values())]
+        assert all(h is None for h in held), "a cut moves between batches"
         self.segment = self._whole.at(cut, upto=upto)
         self.cut = cut
 
-    def _tensors(self, every: bool) -> dict[str, Tensor]:
+    def _tensors(self, *, every: bool) -> dict[str, Tensor]:
         return (self._whole if every else self.segment).tensors()
 
-    def _parameters(self, every: bool) -> dict[str, nn.Parameter]:
-        return {n: t for n, t in self._tensors(every).items() if isinstance(t, nn.Parameter)}
+    def _parameters(self, *, every: bool) -> dict[str, nn.Parameter]:
+        return {n: t for n, t in self._tensors(every=every).items() if isinstance(t, nn.Parameter)}
 
     def load_state(self, state: State) -> None:
         """Replaces weights, momentum and place; at the first step no layer has momentum."""
@@ -243,7 +244,7 @@ class LocalClient:
 
     def load_momentum(self, momentum: Mapping[str, Array], *, every: bool = False) -> None:
         """Replaces the optimiser's velocity; parameters that are not named begin anew."""
-        for name, parameter in self._parameters(every).items():
+        for name, parameter in self._parameters(every=every).items():
             self._optimizer.state.pop(parameter, None)
             if name in momentum:
                 buffer = torch.tensor(momentum[name], device=self.device)
@@ -252,15 +253,15 @@ class LocalClient:
     def load_weights(self, weights: Mapping[str, Array], *, every: bool = False) -> None:
         """Replaces parameters and statistics."""
         with torch.no_grad():
-            for name, tensor in self._tensors(every).items():
+            for name, tensor in self._tensors(every=every).items():
                 tensor.copy_(torch.as_tensor(weights[name]))
 
     def state(self, *, every: bool = False) -> State:
         """Everything that it has learnt, and its place."""
-        weights = {n: _array(t) for n, t in self._tensors(every).items()}
+        weights = {n: _array(t) for n, t in self._tensors(every=every).items()}
         momentum: dict[str, Array] = {}
         if self.settings.momentum:
-            for name, parameter in self._parameters(every).items():
+            for name, parameter in self._parameters(every=every).items():
                 buffer = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
                 momentum[name] = (
                     np.zeros(parameter.shape, np.float32) if buffer is None else _array(buffer)
@@ -331,7 +332,7 @@ class LocalClient:
         """Gradients of this batch so far, by parameter (zeros where nothing came)."""
         return {
             n: np.zeros(p.shape, np.float32) if p.grad is None else _array(p.grad)
-            for n, p in self._parameters(every).items()
+            for n, p in self._parameters(every=every).items()
         }
 
     def close(self) -> None:
