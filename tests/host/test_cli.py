@@ -147,6 +147,33 @@ def test_the_plan_shows_a_table_for_each_client() -> None:
     assert re.findall(r"(\w+)  <- chosen", said.out) == ["stem", "layer1", "layer2", "layer3"]
 
 
+@pytest.mark.parametrize("exits", ["own", "upto"])
+def test_the_plan_says_what_every_cut_costs_beside_a_single_one(
+    exits: str, workplace: Path
+) -> None:
+    fleet = TINY.replace("rounds = 1", f'rounds = 1\nexits = "{exits}"')
+    single = json.loads(splitee("plan", written(fleet), "--json").out)[0]
+    every = json.loads(splitee("plan", written(fleet + "deepest = 'layer2'"), "--json").out)[0]
+    assert (single["deepest"], every["deepest"]) == (None, "layer2")
+    assert [row["cut"] for row in every["cuts"] if row["chosen"]] == ["stem"]
+    heads = 0  # parameters of the exits that a single cut does not have
+    for before, after in zip(single["cuts"], every["cuts"], strict=True):
+        for memory in ("arena", "flash"):
+            extra = after[f"{memory}_bytes"] - before[f"{memory}_bytes"]
+            assert before[f"every_cut_{memory}_bytes"] == extra
+            assert after[f"every_cut_{memory}_bytes"] == extra
+        # gradients and momentum; weights and their initial values
+        assert before["every_cut_arena_bytes"] >= 2 * 4 * heads
+        assert before["every_cut_flash_bytes"] >= 4 * heads
+        if exits == "upto":
+            assert before["every_cut_arena_bytes"] == 0
+        else:
+            channels, height, width = SHAPES[before["cut"]]  # at width 6; here it is 2
+            heads += channels // 3 * min(height, 4) * min(width, 4) * 10 + 10
+    said = splitee("plan", written(fleet + "deepest = 'layer2'")).out
+    assert "a on posix, 8 samples at once, built with every cut up to layer2" in said
+
+
 def test_the_plan_says_by_how_much_a_segment_is_too_large(workplace: Path) -> None:
     said = splitee("plan", written(LARGE), "--json")
     rows = json.loads(said.out)[0]["cuts"]
@@ -264,6 +291,17 @@ def test_without_it_the_board_trains_as_a_process_and_it_is_said(
     assert client["flash_bytes"] > 0
 
 
+def test_a_client_whose_cut_moves_keeps_its_firmware(workplace: Path) -> None:
+    elves = []
+    for cut, exits in (("stem", "own"), ("layer1", "upto"), ("layer1", "own")):
+        text = TINY.replace('cut = "stem"', f'cut = "{cut}"\ndeepest = "layer1"')
+        text = text.replace("rounds = 1", f'rounds = 1\nexits = "{exits}"')
+        said = splitee("build", written(text))
+        elf = Path(said.out.split(": ")[1])
+        elves.append((elf, elf.stat().st_mtime_ns))
+    assert len(set(elves)) == 1
+
+
 # ---- mistakes ----
 
 CLIENT = '[[client]]\nname = "a"\n'
@@ -296,6 +334,10 @@ BAD_FLEETS = {
     "a cut that a skip connection crosses": (
         'name = "x"\n' + BOARD + 'cut = "layer2.0.conv1"\n',
         'cut "layer2.0.conv1" is crossed: ',
+    ),
+    "a cut behind the deepest": (
+        'name = "x"\n' + BOARD + 'cut = "layer2"\ndeepest = "layer1"\n',
+        'client "a": cut "layer2" lies behind "layer1", the deepest that it is built with: ',
     ),
     "an unknown network": (
         'name = "x"\n[model]\nname = "lenet"\n' + CLIENT,

@@ -195,6 +195,23 @@ def test_every_kind_of_client_learns_as_torch_does(
         assert not np.array_equal(stems[0], stems[1])
 
 
+@pytest.mark.parametrize("exits", ["own", "upto"])
+def test_a_fleet_whose_cuts_could_move_learns_the_same_bit_for_bit(
+    exits: str, few_digits: Dataset, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = MIXED.format("averaging", "both", "all", exits)
+    fixed = trained(parse(text), monkeypatch)
+    deeper = text.replace('cut = "layer', 'deepest = "layer3"\ncut = "layer')
+    moving = trained(parse(deeper), monkeypatch)
+    cuts = ["stem", "layer1", "layer2", "layer3"]
+    assert all([s.cut for s in m.build.stages] == cuts for m in moving.members)
+    assert [m.cut.name for m in moving.members] == [m.cut.name for m in fixed.members]
+    for name, state in fixed.states.items():
+        assert differences(moving.states[name], state) == []
+    for name, server in fixed.servers.items():
+        assert all(np.array_equal(moving.servers[name][k], v) for k, v in server.items())
+
+
 @pytest.mark.parametrize("gradient", ["local", "server"])
 def test_a_client_learns_the_same_from_any_server_only_with_local_gradients(
     gradient: str, few_digits: Dataset, workplace: Path, monkeypatch: pytest.MonkeyPatch

@@ -112,7 +112,8 @@ class Build:
 
     def flash_bytes(self, room: Room) -> int:
         """Everything that is flashed (an upper bound: the code is measured with all kernels)."""
-        return room.code + self.weight_bytes + STEP_CODE * len(self.schedule.steps)
+        steps = sum(step.action != "send" for step in self.schedule.steps)
+        return room.code + self.weight_bytes + STEP_CODE * steps
 
     def shortage(self, room: Room) -> str | None:
         """What is missing, as 'needs 81 KB of RAM, 17 KB more than …'; None when it fits."""
