@@ -12,7 +12,7 @@ struct pass {
     float exit_weight;     // weight of the exits' gradient in the trunk
     float server_weight;   // weight of the server's gradient in the trunk
     const uint8_t *labels; // count labels
-    uint8_t cut;           // the stage that it ends with
+    uint8_t cut;           // the stage that it ends with, the exit of which reports
     float loss;       // out, added to: cross-entropy of the exit at the cut, in the batch's mean
     uint32_t correct; // out, added to: samples that this exit classified correctly
 };
@@ -37,22 +37,22 @@ struct stage {
 };
 
 // A segment's steps run in this order: trunk and exits forward [0, infer_end), losses
-// [infer_end, forward_end), exits and trunk backward [forward_end, backward_end). With a cut at the
-// end of a stage, the steps of all stages up to it run.
+// [infer_end, forward_end), exits and trunk backward [forward_end, backward_end). Of each range, a
+// pass runs the steps that its cut and its exits need.
 struct segment {
     uint32_t checksum;
     uint16_t capacity; // samples held at once
     uint16_t classes;  // labels are below this
     uint16_t cuts;     // stages that the cut can be at the end of
     uint16_t infer_end, forward_end, backward_end;
-    uint16_t channels;       // of the input
-    uint16_t samples_max;    // records the shard has room for
-    uint32_t input_size;     // elements per sample
-    uint32_t parameter_size; // float32 values that are trained
-    uint32_t weight_size;    // the same and the norm statistics behind them
-    uint32_t arena_size;     // bytes
-    const struct step *steps;
-    const struct stage *stages; // the shallowest first
+    uint16_t channels;          // of the input
+    uint16_t samples_max;       // records the shard has room for
+    uint32_t input_size;        // elements per sample
+    uint32_t parameter_size;    // float32 values that are trained
+    uint32_t weight_size;       // the same and the norm statistics behind them
+    uint32_t arena_size;        // bytes
+    const struct step *steps;   // backward_end of them
+    const struct stage *stages; // cuts of them, the shallowest first
     uint8_t *arena;
     float *weights;     // weight_size values, parameters first
     float *gradients;   // parameter_size values, in the arena

@@ -193,6 +193,11 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
                 style="bold" if row["chosen"] else "",
             )
         console.print(table)
+    if not as_json:
+        console.print(
+            "every cut: what is added where all cuts up to that one are built in (deepest = ...)",
+            highlight=False,
+        )
     for client in assembly.fleet.client:
         assembly.member(client.name)  # raises what keeps the fleet from training
 

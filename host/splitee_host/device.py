@@ -230,7 +230,7 @@ class Device:
         self.upto = upto
         self.graph = self.build.graph.at(cut, upto=upto)
 
-    def steps(self) -> list[int]:
+    def steps_at_cut(self) -> list[int]:
         """Those of the segment's steps that run at its cut."""
         variant = Variant(self._number - 1, self.upto)
         return [i for i, s in enumerate(self.build.schedule.steps) if s.runs(variant)]

@@ -96,7 +96,7 @@ def step_on_device(device: Device, count: int, sent: Tensor | None) -> dict[str,
     part = device.forward(count, count)
     tensors: dict[str, Array] = {"sent": part.activations.numpy()}
     done = 0
-    for i in device.steps():
+    for i in device.steps_at_cut():
         step = build.schedule.steps[i]
         if step.action == "weigh" and sent is not None:
             device.write(m.Region.GRADIENT, sent.numpy().astype("<f4").tobytes())

@@ -104,8 +104,8 @@ def schedule(graph: Graph, capacity: int, momentum: bool, *, moves: bool = False
     stages = graph.stages if moves else (graph.joined,)
     # at the shallowest cut the exit at it is all that there is up to it
     variants = [Variant(s, upto) for s in range(len(stages)) for upto in (False, True) if s or upto]
-    ends = {stage.logits: (number, stage) for number, stage in enumerate(stages)}
-    places = {
+    ends = {stage.logits: (number, stage) for number, stage in enumerate(stages)}  # last operation
+    places = {  # of each operation: its stage, and the part of it
         op.name: (number, part)
         for number, stage in enumerate(stages)
         for part, ops in (("trunk", stage.trunk), ("exit", stage.exit))
