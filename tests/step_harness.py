@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from splitee.client import LocalClient, Place, Settings, State
 from splitee.data import Images
 from splitee.exits import Exit
 from splitee.model import Network, Segment
+from splitee.norms import freeze
 from splitee.place import Build
 from splitee_exporters.c import to_c
 from splitee_host import boards
 from splitee_host.device import Device
+from toolkit.mobilenet import MobileNetV2
 
 SETTINGS = Settings(learning_rate=0.1, momentum=0.9, weight_decay=0.01)
 
@@ -53,30 +56,89 @@ def pools() -> nn.Module:
     )
 
 
+def vgg() -> nn.Module:
+    """A plain chain: convolutions with biases, one of them in groups, batch norms, max pools."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4, momentum=0.2),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1, groups=2),
+        nn.BatchNorm2d(6, eps=1e-3),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 2),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 2),
+        nn.Flatten(),
+        nn.Linear(8 * 3 * 2, 3),
+    )
+
+
+def mobilenet() -> nn.Module:
+    """MobileNetV2, narrow; some of what comes to a ReLU6 is above six."""
+    model = MobileNetV2(0.125, 4, channels=3, classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.Sequential) and isinstance(module[-1], nn.ReLU6):
+            norm = module[1]
+            assert isinstance(norm, nn.BatchNorm2d)
+            nn.init.constant_(norm.weight, 2.0)
+            nn.init.constant_(norm.bias, 2.0)
+    return model
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A network whose first cuts make a segment."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, int, int]
+    classes: int
+    depth: int  # cuts up to the segment's
+
+
+def _source(kind: str, width: int | None) -> _Source:
+    match kind:
+        case "pools":
+            return _Source(pools, (2, 13, 11), 3, 2)
+        case "vgg":
+            return _Source(vgg, (2, 13, 11), 3, 3)
+        case "mobilenet":
+            return _Source(mobilenet, (3, 11, 12), 10, 4)
+    name, _, norm = kind.partition("-")
+    usual, depth = {"resnet8": (6, 3), "resnet18": (4, 4), "resnet20": (4, 5)}[name]
+    make = partial(zoo.build, name, width=width or usual, norm=norm or "group", channels=1)
+    return _Source(make, (1, 8, 8), 10, depth)
+
+
 def case(
     kind: str,
     *,
-    width: int = 6,
+    width: int | None = None,
     capacity: int = 8,
     samples: int = 24,
     momentum: bool = True,
     moves: bool = False,
 ) -> Case:
-    """resnet8 up to layer2, or the network of pools up to its second stage, exits at every cut."""
+    """The first stages of a network, exits at every cut.
+
+    kind: resnet8, resnet18 or resnet20, with "-batch" behind it for batch norms; pools, vgg or
+    mobilenet. "-frozen" behind any of them freezes its batch norms.
+    """
     torch.manual_seed(7)
-    if kind == "resnet8":
-        shape, classes, depth = (1, 8, 8), 10, 3
-        model: nn.Module = zoo.build("resnet8", width=width, norm="group", channels=1)
-    else:
-        shape, classes, depth = (2, 13, 11), 3, 2
-        model = pools()
-    network = Network(model, shape)
-    cuts = network.cuts[:depth]
+    source = _source(kind.removesuffix("-frozen"), width)
+    shape, classes = source.shape, source.classes
+    network = Network(source.make(), shape)
+    cuts = network.cuts[: source.depth]
     segment = Segment(network, cuts[-1], {c.name: Exit(_image(c.shape), classes) for c in cuts})
+    if kind.endswith("-frozen"):
+        freeze(segment)
     with torch.no_grad():  # norms that only scale by one and add zero would hide mistakes
-        for tensor in segment.tensors().values():
+        for name, tensor in segment.tensors().items():
             if tensor.ndim == 1:
                 tensor.add_(0.3 * torch.randn_like(tensor))
+            if name.endswith("running_var"):
+                tensor.abs_()
     channels = shape[0]
     build = Build(
         capture(segment, classes),
@@ -117,7 +179,10 @@ def device(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "segment.c").write_text(source or to_c(case.build))
     known = boards.load_boards()[board]
-    firmware = boards.build(known, folder, folder, sanitize=board == "posix")
+    sanitize = board == "posix"
+    # -O1: sanitizers make the compiler slow enough
+    overrides = {"OPTIMIZE": "-O1"} if sanitize else {}
+    firmware = boards.build(known, folder, folder, sanitize=sanitize, overrides=overrides)
     with boards.start(known, firmware) as running:
         device = Device(board, running.link, case.build, settings, close=running.close)
         device.start(case.state, case.images)

@@ -15,11 +15,12 @@ from splitee import arena
 from splitee.arena import Step, gradient
 from splitee.errors import ModelError
 from splitee.graph import Graph, Op
-from splitee.ops import Array, Shape
+from splitee.ops import Array, Shape, depthwise
 from splitee.place import Build
 
 KINDS = (
-    "conv2d", "linear", "group_norm", "relu", "add", "max_pool", "avg_pool", "branch"
+    "conv2d", "linear", "group_norm", "batch_norm", "relu", "relu6", "add", "max_pool", "avg_pool",
+    "branch",
 )  # fmt: skip
 
 
@@ -45,10 +46,7 @@ class _Writer:
             if op.kind not in KINDS:
                 raise ModelError(
                     f"{op.name}: the C exporter has no {op.kind}; it has {', '.join(KINDS)}"
-                    + ('; take norm = "group"' if op.kind == "batch_norm" else "")
                 )
-            if op.kind == "conv2d" and op.attrs["groups"] != 1:
-                raise ModelError(f"{op.name}: the C exporter has no grouped convolution")
 
     # names of things in C
 
@@ -79,6 +77,19 @@ class _Writer:
     def saved(self, op: Op, name: str, kind: str = "") -> str:
         return kind + self.buffer(arena.saved(op, name))
 
+    def running(self, op: Op) -> tuple[str, str]:
+        """Mean and variance of all batches so far."""
+        return self.weight(op, "mean"), self.weight(op, "variance")
+
+    def of_batch(self, op: Op) -> tuple[str, str]:
+        """Mean and variance of the batch at hand."""
+        first = self.graph.parameter_size
+        mean, variance = (
+            f"{self.buffer(arena.STATISTICS)} + {self.graph.places[op.weights[role]] - first}"
+            for role in ("mean", "variance")
+        )
+        return mean, variance
+
     # steps
 
     def call(self, step: Step) -> list[str]:
@@ -95,7 +106,8 @@ class _Writer:
             return [*self.clears(step), self.loss(step)]
         assert step.op is not None
         method = getattr(self, f"{step.op.kind}_{step.action}")
-        return [*self.clears(step), method(step.op)]
+        # a batch norm measures before it normalises: two statements
+        return [*self.clears(step), *method(step.op).splitlines()]
 
     def clears(self, step: Step) -> list[str]:
         return [
@@ -126,20 +138,28 @@ class _Writer:
         return ", ".join(f"{at_cut}&pass->{out}{else_nothing}" for out in ("loss", "correct"))
 
     def conv2d_forward(self, op: Op) -> str:
+        kernel, shape = self.convolution(op, "forward")
         return (
-            f"fast_conv2d_forward({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
-            f"{self.weight(op, 'weight')}, {self.weight(op, 'bias')}, &{self.window(op)}, n, "
-            f"{self.buffer(arena.scratch(op, 'forward'))})"
+            f"{kernel}({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
+            f"{self.weight(op, 'weight')}, {self.weight(op, 'bias')}, {shape})"
         )
 
     def conv2d_backward(self, op: Op) -> str:
+        kernel, shape = self.convolution(op, "backward")
         return (
-            f"fast_conv2d_backward({self.input_gradient(op)}, "
-            f"{self.weight_gradient(op, 'weight')}, {self.weight_gradient(op, 'bias')}, "
-            f"{self.buffer(gradient(op.name))}, {self.buffer(op.inputs[0])}, "
-            f"{self.weight(op, 'weight')}, &{self.window(op)}, n, "
-            f"{self.buffer(arena.scratch(op, 'backward'))})"
+            f"{kernel}({self.input_gradient(op)}, {self.weight_gradient(op, 'weight')}, "
+            f"{self.weight_gradient(op, 'bias')}, {self.buffer(gradient(op.name))}, "
+            f"{self.buffer(op.inputs[0])}, {self.weight(op, 'weight')}, {shape})"
         )
+
+    def convolution(self, op: Op, action: str) -> tuple[str, str]:
+        """The kernel's name, and the arguments that follow the tensors."""
+        window, groups = f"&{self.window(op)}", op.attrs["groups"]
+        alone = depthwise(op.attrs, self.shape(op.inputs[0]), self.shape(op.name))
+        if groups != 1 and not alone:
+            return f"grouped_conv2d_{action}", f"{window}, {groups}, n"
+        scratch = self.buffer(arena.scratch(op, action))
+        return f"fast_{'depthwise' if alone else 'conv2d'}_{action}", f"{window}, n, {scratch}"
 
     def linear_forward(self, op: Op) -> str:
         inputs, outputs = self.graph.elements(op.inputs[0]), self.graph.elements(op.name)
@@ -176,13 +196,52 @@ class _Writer:
             f"{channels}, {op.attrs['groups']}, {height * width}, n)"
         )
 
+    def batch_norm_forward(self, op: Op) -> str:
+        channels, height, width = self.shape(op.name)
+        frozen = op.attrs["frozen"]
+        x, sizes = self.buffer(op.inputs[0]), f"{channels}, {height * width}"
+        measured, running = self.of_batch(op), self.running(op)
+        mean, variance = (
+            r if frozen else f"pass->learns ? {m} : {r}"
+            for m, r in zip(measured, running, strict=True)
+        )
+        seen = "pass->seen" if frozen else "0"
+        measure = f"batch_norm_measure({', '.join(measured)}, {x}, {sizes}, {seen}, n)"
+        return (
+            f"if (pass->learns) {measure}\n"
+            f"batch_norm_forward({self.buffer(op.name)}, {x}, {self.weight(op, 'weight')}, "
+            f"{self.weight(op, 'bias')}, {mean}, {variance}, {sizes}, "
+            f"{_literals(np.array(op.attrs['epsilon']))}, n)"
+        )
+
+    def batch_norm_backward(self, op: Op) -> str:
+        channels, height, width = self.shape(op.name)
+        frozen = op.attrs["frozen"]
+        mean, variance = self.running(op) if frozen else self.of_batch(op)
+        return (
+            f"batch_norm{'_frozen' if frozen else ''}_backward({self.input_gradient(op)}, "
+            f"{self.weight_gradient(op, 'weight')}, {self.weight_gradient(op, 'bias')}, "
+            f"{self.buffer(gradient(op.name))}, {self.buffer(op.inputs[0])}, "
+            f"{self.weight(op, 'weight')}, {mean}, {variance}, {channels}, {height * width}, "
+            f"{_literals(np.array(op.attrs['epsilon']))}, n)"
+        )
+
+    def batch_norm_follow(self, op: Op) -> str:
+        channels, height, width = self.shape(op.name)
+        return (
+            f"batch_norm_follow({', '.join((*self.running(op), *self.of_batch(op)))}, {channels}, "
+            f"(pass->seen + n) * {height * width}, {_literals(np.array(op.attrs['momentum']))})"
+        )
+
     def relu_forward(self, op: Op) -> str:
         y, x = self.buffer(op.name), self.buffer(op.inputs[0])
-        return f"relu_forward({y}, {x}, {self.size(op.name)})"
+        return f"{op.kind}_forward({y}, {x}, {self.size(op.name)})"
 
     def relu_backward(self, op: Op) -> str:
         dy, y = self.buffer(gradient(op.name)), self.buffer(op.name)
-        return f"relu_backward({self.input_gradient(op)}, {dy}, {y}, {self.size(op.name)})"
+        return f"{op.kind}_backward({self.input_gradient(op)}, {dy}, {y}, {self.size(op.name)})"
+
+    relu6_forward, relu6_backward = relu_forward, relu_backward
 
     def add_forward(self, op: Op) -> str:
         a, b = (self.buffer(name) for name in op.inputs)
@@ -309,7 +368,8 @@ class _Writer:
             f"    .cuts = {len(build.stages)},",
             f"    .infer_end = {build.schedule.infer_end},",
             f"    .forward_end = {build.schedule.forward_end},",
-            f"    .backward_end = {len(build.schedule.steps)},",
+            f"    .backward_end = {build.schedule.backward_end},",
+            f"    .step_end = {len(build.schedule.steps)},",
             f"    .channels = {graph.input_shape[0]},",
             f"    .samples_max = {build.samples_max},",
             f"    .input_size = {graph.elements(graph.input)},",

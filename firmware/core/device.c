@@ -237,11 +237,11 @@ static int takes_part(struct step step) {
 }
 
 // Runs those of the steps start..stop-1 that the cut takes.
-static void run(unsigned start, unsigned stop) {
+static void run(unsigned start, unsigned stop, struct pass *over) {
     const uint32_t before = port_micros();
     for (unsigned step = start; step < stop; step++) {
         if (takes_part(segment.steps[step])) {
-            segment_run(step, &pass);
+            segment_run(step, over);
         }
     }
     compute_micros += port_micros() - before;
@@ -279,16 +279,16 @@ static void on_forward(const uint8_t *body, size_t size) {
     }
     if (phase == IDLE) {
         memset(segment.gradients, 0, segment.parameter_size * sizeof(float));
-        pass.loss = 0.0f;
-        pass.correct = 0;
+        pass = (struct pass){.learns = 1};
     }
+    pass.seen += pass.count;
     pass.count = m.count;
     pass.inverse_batch = 1.0f / (float)m.batch;
     pass.exit_weight = settings.exit_weight;
     pass.server_weight = settings.server_weight;
     pass.labels = segment.labels;
     pass.cut = cut;
-    run(0, segment.forward_end);
+    run(0, segment.forward_end, &pass);
     place.position = (uint16_t)(place.position + m.count);
     phase = FORWARDED;
     answer_fields(MESSAGE_FORWARDED, MESSAGE_FORWARDED_SIZE);
@@ -309,8 +309,8 @@ static void on_infer(const uint8_t *body, size_t size) {
     }
     normalize_forward(segment.input, region_of(REGION_INPUT).base, segment.scale, segment.shift,
                       segment.channels, segment.input_size / segment.channels, m.count);
-    pass.count = m.count;
-    run(0, segment.infer_end);
+    struct pass answers = {.count = m.count}; // beside that of a batch that is under way
+    run(0, segment.infer_end, &answers);
     done();
 }
 
@@ -321,7 +321,7 @@ static void on_backward(const uint8_t *body, size_t size) {
         refuse(ERROR_OUT_OF_ORDER, phase);
         return;
     }
-    run(segment.forward_end, segment.backward_end);
+    run(segment.forward_end, segment.backward_end, &pass);
     phase = ACCUMULATED;
     done();
 }
@@ -347,6 +347,7 @@ static void on_step(const uint8_t *body, size_t size) {
         first = stage->parameters_end;
     }
     compute_micros += port_micros() - before;
+    run(segment.backward_end, segment.step_end, &pass);
     place.steps++;
     phase = IDLE;
     const struct message_stepped s = {.loss = pass.loss, .correct = (uint16_t)pass.correct};
@@ -409,7 +410,7 @@ static void on_run(const uint8_t *body, size_t size) {
     } else if (m.start > m.stop || m.stop > segment.backward_end) {
         refuse(ERROR_BAD_STEP, segment.backward_end);
     } else if (m.start > 0 || reload()) {
-        run(m.start, m.stop);
+        run(m.start, m.stop, &pass);
         phase = m.stop == segment.backward_end ? ACCUMULATED : phase;
         done();
     }

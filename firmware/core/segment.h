@@ -8,6 +8,8 @@
 // The values that one pass over a part of a batch needs beside the tensors.
 struct pass {
     size_t count;          // samples in this part, 1..capacity
+    size_t seen;           // samples in the parts of this batch before it
+    uint8_t learns;        // 0 where images are answered only: norms take running statistics
     float inverse_batch;   // 1 / samples in the whole batch
     float exit_weight;     // weight of the exits' gradient in the trunk
     float server_weight;   // weight of the server's gradient in the trunk
@@ -37,21 +39,22 @@ struct stage {
 };
 
 // A segment's steps run in this order: trunk and exits forward [0, infer_end), losses
-// [infer_end, forward_end), exits and trunk backward [forward_end, backward_end). Of each range, a
-// pass runs the steps that its cut and its exits need.
+// [infer_end, forward_end), exits and trunk backward [forward_end, backward_end). Once the weights
+// are updated, running statistics follow: [backward_end, step_end). Of each range, a pass runs the
+// steps that its cut and its exits need.
 struct segment {
     uint32_t checksum;
     uint16_t capacity; // samples held at once
     uint16_t classes;  // labels are below this
     uint16_t cuts;     // stages that the cut can be at the end of
-    uint16_t infer_end, forward_end, backward_end;
+    uint16_t infer_end, forward_end, backward_end, step_end;
     uint16_t channels;          // of the input
     uint16_t samples_max;       // records the shard has room for
     uint32_t input_size;        // elements per sample
     uint32_t parameter_size;    // float32 values that are trained
     uint32_t weight_size;       // the same and the norm statistics behind them
     uint32_t arena_size;        // bytes
-    const struct step *steps;   // backward_end of them
+    const struct step *steps;   // step_end of them
     const struct stage *stages; // cuts of them, the shallowest first
     uint8_t *arena;
     float *weights;     // weight_size values, parameters first

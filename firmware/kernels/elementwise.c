@@ -13,6 +13,19 @@ void relu_backward(float *dx, const float *dy, const float *y, size_t size) {
     }
 }
 
+void relu6_forward(float *y, const float *x, size_t size) {
+    for (size_t i = 0; i < size; i++) {
+        const float positive = x[i] > 0 ? x[i] : 0;
+        y[i] = positive < 6 ? positive : 6;
+    }
+}
+
+void relu6_backward(float *dx, const float *dy, const float *y, size_t size) {
+    for (size_t i = 0; i < size; i++) {
+        dx[i] += y[i] > 0 && y[i] < 6 ? dy[i] : 0;
+    }
+}
+
 void add_forward(float *y, const float *a, const float *b, size_t size) {
     for (size_t i = 0; i < size; i++) {
         y[i] = a[i] + b[i];

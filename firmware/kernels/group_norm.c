@@ -3,53 +3,7 @@
 
 #include <math.h>
 
-// Long sums are sums of sums over this many elements. A group may hold thousands of them, and a
-// float loses part of everything that is added to a number much larger than it.
-#define BLOCK 64u
-
-static size_t block_stop(size_t start, size_t size) {
-    return size - start < BLOCK ? size : start + BLOCK;
-}
-
-// The sum of x - from.
-static float sum(const float *x, float from, size_t size) {
-    float total = 0;
-    for (size_t i = 0; i < size;) {
-        float part = 0;
-        for (const size_t stop = block_stop(i, size); i < stop; i++) {
-            part += x[i] - from;
-        }
-        total += part;
-    }
-    return total;
-}
-
-// The sum of (x - from)^2.
-static float sum_squares(const float *x, float from, size_t size) {
-    float total = 0;
-    for (size_t i = 0; i < size;) {
-        float part = 0;
-        for (const size_t stop = block_stop(i, size); i < stop; i++) {
-            const float distance = x[i] - from;
-            part += distance * distance;
-        }
-        total += part;
-    }
-    return total;
-}
-
-// The sum of (x - from) * z.
-static float sum_products(const float *x, float from, const float *z, size_t size) {
-    float total = 0;
-    for (size_t i = 0; i < size;) {
-        float part = 0;
-        for (const size_t stop = block_stop(i, size); i < stop; i++) {
-            part += (x[i] - from) * z[i];
-        }
-        total += part;
-    }
-    return total;
-}
+#include "kernels/sum.h" // sums over a group
 
 void group_norm_forward(float *y, float *mean, float *rstd, const float *x, const float *w,
                         const float *b, size_t channels, size_t groups, size_t area, float epsilon,

@@ -25,6 +25,13 @@ void conv2d_forward(float *y, const float *x, const float *w, const float *b,
 void conv2d_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
                      const float *w, const struct window *s, size_t n);
 
+// grouped_conv2d.c. The same, with channels in groups: outputs see the inputs of their own group
+// only. w is out x in/groups x kh x kw. groups = in_channels is a depthwise convolution.
+void grouped_conv2d_forward(float *y, const float *x, const float *w, const float *b,
+                            const struct window *s, size_t groups, size_t n);
+void grouped_conv2d_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
+                             const float *w, const struct window *s, size_t groups, size_t n);
+
 // linear.c. w is out x in, b is NULL or out.
 void linear_forward(float *y, const float *x, const float *w, const float *b, size_t in, size_t out,
                     size_t n);
@@ -40,9 +47,35 @@ void group_norm_backward(float *dx, float *dw, float *db, const float *dy, const
                          const float *w, const float *mean, const float *rstd, size_t channels,
                          size_t groups, size_t area, size_t n);
 
+// batch_norm.c. area = height x width; every array beside x, y and their gradients has channels
+// values. Variances are biased.
+//
+// The mean and variance of each channel over n samples, joined with those of seen samples before
+// them, which stand in mean and variance; with seen = 0 both are assigned.
+void batch_norm_measure(float *mean, float *variance, const float *x, size_t channels, size_t area,
+                        size_t seen, size_t n);
+// y with that mean and variance, whether those of x itself or running ones.
+void batch_norm_forward(float *y, const float *x, const float *w, const float *b, const float *mean,
+                        const float *variance, size_t channels, size_t area, float epsilon,
+                        size_t n);
+// For a mean and variance that are those of the n samples of x, and so follow x.
+void batch_norm_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
+                         const float *w, const float *mean, const float *variance, size_t channels,
+                         size_t area, float epsilon, size_t n);
+// For a mean and variance that are constants.
+void batch_norm_frozen_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
+                                const float *w, const float *mean, const float *variance,
+                                size_t channels, size_t area, float epsilon, size_t n);
+// Moves running statistics towards those of a batch, of size elements a channel, by the share
+// momentum; the variance unbiased, as PyTorch.
+void batch_norm_follow(float *running_mean, float *running_variance, const float *mean,
+                       const float *variance, size_t channels, size_t size, float momentum);
+
 // elementwise.c, over size elements in all.
 void relu_forward(float *y, const float *x, size_t size);
 void relu_backward(float *dx, const float *dy, const float *y, size_t size);
+void relu6_forward(float *y, const float *x, size_t size); // min(max(x, 0), 6)
+void relu6_backward(float *dx, const float *dy, const float *y, size_t size);
 void add_forward(float *y, const float *a, const float *b, size_t size);
 void add_backward(float *da, float *db, const float *dy, size_t size); // da or db may be NULL
 // Passes x on to an exit; what comes back is weighted. weight = 0 detaches the exit.

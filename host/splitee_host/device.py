@@ -231,9 +231,11 @@ class Device:
         self.graph = self.build.graph.at(cut, upto=upto)
 
     def steps_at_cut(self) -> list[int]:
-        """Those of the segment's steps that run at its cut."""
+        """Those of the segment's steps that a pass runs at its cut."""
         variant = Variant(self._number - 1, self.upto)
-        return [i for i, s in enumerate(self.build.schedule.steps) if s.runs(variant)]
+        schedule = self.build.schedule
+        steps = schedule.steps[: schedule.backward_end]
+        return [i for i, s in enumerate(steps) if s.runs(variant)]
 
     def start(self, state: State, images: Images) -> None:
         """Says hello, sends the shard unless the device holds it, then cut, settings and state."""

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from splitee.arena import gradient
 from splitee.client import Settings
 from splitee.data import Images, draw_order
 from splitee.graph import Graph
 from splitee.model import Segment
+from splitee.norms import FrozenBatchNorm2d
 from splitee.ops import Array
 from splitee.place import Build
 from splitee_host.device import Device
@@ -76,7 +77,7 @@ def names(graph: Graph, *, momentum: bool) -> list[str]:
     for parameter in graph.parameters:
         found += [f"gradient of {parameter}", f"updated {parameter}"]
         found += [f"momentum of {parameter}"] if momentum else []
-    return found
+    return found + [f"updated {statistic}" for statistic in graph.statistics]
 
 
 def relative_error(mine: dict[str, Array], reference: dict[str, Array], name: str) -> float:
@@ -131,7 +132,10 @@ def step_in_torch(
     momentum: what each parameter has already, where there is any.
     """
     segment = copy.deepcopy(segment).double()
-    parameters = segment.tensors()
+    for path, norm in list(segment.named_modules()):
+        if isinstance(norm, FrozenBatchNorm2d):
+            segment.set_submodule(path, _fixed(norm))
+    parameters = {n: t for n, t in segment.tensors().items() if isinstance(t, nn.Parameter)}
     optimizer = torch.optim.SGD(
         parameters.values(),
         lr=settings.learning_rate,
@@ -174,12 +178,23 @@ def step_in_torch(
                 result[gradient(name)] = tensor.grad
     result |= {f"gradient of {n}": p.grad for n, p in parameters.items() if p.grad is not None}
     optimizer.step()
-    result |= {f"updated {n}": p for n, p in parameters.items()}
+    for op in build.graph.ops:
+        if op.kind == "batch_norm" and op.attrs["frozen"]:
+            # in training, torch's batch norm follows at once
+            segment.trunk.get_submodule(op.name).train()(tensors[op.inputs[0]].detach())
+    result |= {f"updated {n}": t for n, t in segment.tensors().items()}
     if settings.momentum:
         result |= {
             f"momentum of {n}": optimizer.state[p]["momentum_buffer"] for n, p in parameters.items()
         }
     return {name: value.detach().numpy() for name, value in result.items()}
+
+
+def _fixed(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """torch's own batch norm as it is outside of training: by the running statistics."""
+    fixed = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, dtype=torch.float64)
+    fixed.load_state_dict(norm.state_dict())
+    return fixed.eval()
 
 
 class _Recorder(fx.Interpreter):

@@ -7,26 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
-from splitee import zoo
-from splitee.capture import capture
 from splitee.errors import ModelError
-from splitee.exits import Exit
-from splitee.model import Network, Segment
-from splitee.place import Build
-from splitee_exporters.c import to_c
+from splitee.ops import OPS
+from splitee_exporters.c import KINDS, to_c
 from step_harness import case
-
-
-def build_of(model: nn.Module, shape: tuple[int, int, int], cut: str | int) -> Build:
-    network = Network(model, shape)
-    place = network.cut(cut)
-    channels, height, width = place.shape
-    exits = {place.name: Exit((channels, height, width), 3)}
-    graph = capture(Segment(network, place, exits), 3)
-    return Build(graph, 4, True, 10, (1.0,) * shape[0], (0.0,) * shape[0])
 
 
 def test_weights_stand_in_the_file_bit_for_bit() -> None:
@@ -57,17 +42,28 @@ def test_the_first_layer_computes_no_gradient_of_its_input() -> None:
     assert "conv2d_backward(NULL, " in to_c(case("resnet8").build)
 
 
-def test_refuses_batch_norm_by_name() -> None:
-    model = zoo.build("resnet8", width=4, norm="batch", channels=1)
-    with pytest.raises(ModelError, match=r"stem\.1: .* no batch_norm.*norm = \"group\""):
-        to_c(build_of(model, (1, 8, 8), "stem"))
+@pytest.mark.parametrize("kind", OPS)
+def test_every_kind_of_operation_has_its_calls(kind: str) -> None:
+    assert kind in KINDS
 
 
-def test_refuses_grouped_convolutions_by_name() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.LazyLinear(3)
-    )
-    model(torch.zeros(1, 2, 8, 8))
-    with pytest.raises(ModelError, match=r"^0: .*grouped convolution"):
-        to_c(build_of(model, (2, 8, 8), 1))
+def test_refuses_what_has_no_kernel_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS, "silu", OPS["relu"])
+    build = case("pools").build
+    ops = [replace(op, kind="silu") if op.name == "2" else op for op in build.graph.ops]
+    with pytest.raises(ModelError, match=r"^2: the C exporter has no silu; it has conv2d, linear"):
+        to_c(replace(build, graph=replace(build.graph, ops=tuple(ops))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernels"),
+    [
+        ("resnet8", {"fast_conv2d"}),
+        ("vgg", {"fast_conv2d", "grouped_conv2d"}),
+        ("mobilenet", {"fast_conv2d", "fast_depthwise"}),
+    ],
+)
+def test_a_convolution_is_written_as_what_it_is(kind: str, kernels: set[str]) -> None:
+    text = to_c(case(kind).build)
+    for action in ("forward", "backward"):
+        assert set(re.findall(rf"(\w+(?:conv2d|depthwise))_{action}\(", text)) == kernels

@@ -1,12 +1,15 @@
 """The C kernels as a shared library that takes numpy arrays, and how far two tensors may differ."""
 
 import ctypes
+import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 KERNELS = Path(__file__).parents[2] / "firmware" / "kernels"
@@ -15,6 +18,8 @@ STRICT = (
     "-fsanitize=undefined",
 )
 TOLERANCE = 1e-5
+
+Floats = NDArray[np.float32]
 
 # What a kernel made of a tensor, and what it should be in float64, by the tensor's name.
 Pairs = dict[str, tuple[NDArray[Any], NDArray[Any]]]
@@ -106,3 +111,97 @@ def relative_error(pairs: Pairs, tensor: str) -> float:
 def agrees(pairs: Pairs, tensor: str) -> bool:
     """Whether a tensor is as close to float64 as float32 arithmetic should bring it."""
     return relative_error(pairs, tensor) <= TOLERANCE  # false for NaN too
+
+
+# ---- what both sides start from ----
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20251209)
+
+
+def randoms(generator: np.random.Generator, *shape: int) -> Floats:
+    return guarded(generator.standard_normal(shape, np.float32))
+
+
+def unassigned(*shape: int) -> Floats:
+    return guarded(np.full(shape, np.nan, np.float32))
+
+
+def wide(values: NDArray[Any]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def narrow(tensor: torch.Tensor | None) -> NDArray[Any]:
+    assert tensor is not None
+    return np.asarray(tensor.detach())
+
+
+def leaf(values: Floats, gradient: Floats) -> torch.Tensor:
+    """A tensor whose gradient PyTorch adds to, from the same start as the kernel."""
+    tensor = wide(values).requires_grad_()
+    tensor.grad = wide(gradient)
+    return tensor
+
+
+@dataclass(frozen=True)
+class Image:
+    """Shapes of one convolution or pool; pairs are height, width."""
+
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    channels: int = 3
+    out: int = 5
+    n: int = 2
+    groups: int = 1
+
+    def out_size(self) -> tuple[int, int]:
+        height, width = (
+            (size + 2 * padding - kernel) // stride + 1
+            for size, kernel, stride, padding in zip(
+                self.size, self.kernel, self.stride, self.padding, strict=True
+            )
+        )
+        return height, width
+
+    def window(self, out: int) -> Window:
+        sizes = (self.channels, *self.size, out, *self.out_size())
+        return Window(*sizes, *self.kernel, *self.stride, *self.padding)
+
+
+# ---- planted faults ----
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change of the kernels' text, and the tensor whose comparison has to notice it."""
+
+    file: str
+    old: str
+    new: str
+    compare: Callable[[Kernels], Pairs]
+    tensor: str
+
+
+def build_faulty(folder: Path, file: str, old: str, new: str) -> Kernels:
+    sources = Path(shutil.copytree(KERNELS, folder / "kernels"))
+    text = (sources / file).read_text()
+    assert text.count(old) == 1, "the text to change is not there, or not alone"
+    (sources / file).write_text(text.replace(old, new))
+    # the changed file is enough, unless others include it or it calls their kernels
+    alone = file.endswith(".c") and file != "grouped_conv2d.c"
+    changed = [sources / file] if alone else sources.glob("*.c")
+    return build(folder / "faulty.so", changed, ("-O0",))
+
+
+def notices(fault: Fault, folder: Path) -> bool:
+    """Whether the comparison of the fault's tensor fails with it."""
+    faulty = build_faulty(folder, fault.file, fault.old, fault.new)
+    return not agrees(fault.compare(faulty), fault.tensor)
+
+
+def ids(faults: list[Fault]) -> list[str]:
+    """A name for each fault's test."""
+    return [f"{fault.file}: {fault.new}" for fault in faults]

@@ -6,8 +6,8 @@ What runs here is their portable form; ``test_fast_on_boards.py`` runs the one f
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -20,25 +20,24 @@ from hypothesis import strategies as st
 from firmware.kernels_harness import (
     KERNELS,
     STRICT,
+    Fault,
+    Image,
     Kernels,
     Pairs,
     agrees,
     build,
     guarded,
-    relative_error,
-)
-from firmware.test_kernels import (
-    CONVOLUTIONS,
-    LAYERS,
-    STEPS,
-    Image,
+    ids,
     leaf,
     narrow,
     randoms,
+    relative_error,
     rng,
     unassigned,
     wide,
 )
+from firmware.test_kernels import LAYERS, STEPS
+from firmware.test_kernels_convolution import CONVOLUTIONS
 from splitee.ops import OPS
 
 SIZES = Path(__file__).parent / "fast_sizes.c"
@@ -218,12 +217,17 @@ def test_the_toolkit_plans_the_scratch_that_the_kernel_uses(
     out: int,
 ) -> None:
     case = Image(size, (1, 1), padding=padding, channels=channels)
-    planned = OPS["conv2d"].scratch(
-        {"kernel": case.kernel, "stride": case.stride, "padding": padding},
-        (channels, *size),
-        (out, *case.out_size()),
-    )
-    assert planned == np.float32().nbytes * library.size("conv2d_scratch", case.window(out))
+
+    def planned(groups: int, out: int) -> int:
+        attrs = {"kernel": (1, 1), "stride": (1, 1), "padding": padding, "groups": groups}
+        x, y = (channels, *size), (out, *case.out_size())
+        return OPS["conv2d"].scratch(attrs, x, y) // np.float32().nbytes
+
+    assert planned(1, out) == library.size("conv2d_scratch", case.window(out))
+    if channels > 1:
+        depthwise = library.size("depthwise_scratch", case.window(channels))
+        assert planned(channels, channels) == depthwise
+        assert planned(channels, 2 * channels) == 0  # the plain kernel's work
 
 
 # ---- linear ----
@@ -318,17 +322,6 @@ def test_three_steps_agree_with_pytorch(
 # ---- the tests themselves ----
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One change of the kernels' text, and the tensor whose comparison has to notice it."""
-
-    file: str
-    old: str
-    new: str
-    compare: Callable[[Kernels], Pairs]
-    tensor: str
-
-
 _CONV = partial(convolution, case=CONVOLUTIONS["3x3 padding 1"])
 _CONV_2 = partial(convolution, case=CONVOLUTIONS["odd sizes stride 2"])
 _PIXELS = partial(convolution, case=LARGER["1x1 odd sizes"])
@@ -361,7 +354,7 @@ def build_faulty(folder: Path, file: str, old: str, new: str) -> Kernels:
     return build_fast(folder / "faulty.so", sources, ("-O0",))
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault.file}: {fault.new}" for fault in FAULTS])
+@pytest.mark.parametrize("fault", FAULTS, ids=ids(FAULTS))
 def test_a_planted_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
     faulty = build_faulty(tmp_path, fault.file, fault.old, fault.new)
     assert not agrees(fault.compare(faulty), fault.tensor)

@@ -338,8 +338,13 @@ def test_a_missing_emulator_is_named_with_its_package(
 # ---- the sizes in a board's file ----
 
 
-@pytest.mark.parametrize("kind", ["resnet8", "pools"])
-@pytest.mark.parametrize("board", FIRMWARE, ids=name)
+@pytest.mark.parametrize(
+    ("board", "kind"),
+    [
+        *(pytest.param(b, k, id=f"{b.name}-{k}") for b in FIRMWARE for k in ("resnet8", "pools")),
+        *(pytest.param(M4, k, id=k) for k in ("resnet20-batch", "mobilenet-frozen")),
+    ],
+)
 def test_a_board_file_allows_for_all_that_the_firmware_takes(
     board: Board, kind: str, segment: WriteSegment
 ) -> None:

@@ -351,9 +351,9 @@ BAD_FLEETS = {
         'name = "x"\n' + CLIENT + 'share = 1e-6\n[[client]]\nname = "b"\n',
         'client "a": its share is less than one sample',
     ),
-    "batch norm in firmware": (
+    "batch norm in parts": (
         'name = "x"\n[model]\nnorm = "batch"\n' + BOARD,
-        'client "a" runs firmware, which has group norm only',
+        'client "a": batch norm needs the whole batch at once: capacity = 16',
     ),
 }
 

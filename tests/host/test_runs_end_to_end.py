@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -138,6 +139,38 @@ def moved(before: Mapping[str, Array], after: Mapping[str, Array]) -> set[str]:
     return {name for name in after if not np.array_equal(before[name], after[name])}
 
 
+def all_torch(text: str) -> Fleet:
+    """The same fleet of clients in this process."""
+    return parse(text.replace('"posix"', '"torch"').replace('"python"', '"torch"'))
+
+
+def assert_same_numbers(one: Trained, other: Trained) -> None:
+    """All weights of clients and servers are the same, to rounding."""
+    for name, state in one.states.items():
+        for tensor, mine in state.weights.items():
+            theirs = other.states[name].weights[tensor]
+            np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4, err_msg=tensor)
+    for name, server in one.servers.items():
+        for tensor, mine in server.items():
+            theirs = other.servers[name][tensor]
+            np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4, err_msg=tensor)
+
+
+@pytest.mark.parametrize("batch_norm", ["held", "frozen"])
+def test_every_kind_of_client_learns_as_torch_does_with_batch_norm(
+    batch_norm: str, few_digits: Dataset, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = MIXED.format("averaging", "both", "all", "upto")
+    text = text.replace('norm = "group"', f'norm = "batch"\nbatch_norm = "{batch_norm}"')
+    if batch_norm == "held":
+        text = re.sub("capacity = .", f"capacity = {BATCH}", text)
+    mixed = trained(parse(text), monkeypatch)
+    assert_same_numbers(mixed, trained(all_torch(text), monkeypatch))
+    for member in mixed.members:
+        after = mixed.states[member.name].weights
+        assert moved(member.state.weights, after) == set(after)  # statistics too
+
+
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
 def test_every_kind_of_client_learns_as_torch_does(
     combination: tuple[str, str, str, str],
@@ -148,9 +181,7 @@ def test_every_kind_of_client_learns_as_torch_does(
     strategy, _, aggregate, exits = combination
     text = MIXED.format(*combination)
     mixed = trained(parse(text), monkeypatch)
-    in_torch = trained(
-        parse(text.replace('"posix"', '"torch"').replace('"python"', '"torch"')), monkeypatch
-    )
+    in_torch = trained(all_torch(text), monkeypatch)
 
     assert not [e for e in mixed.events if isinstance(e, ClientLost)]
     done = {e.client: e for e in mixed.events if isinstance(e, ClientDone)}
@@ -169,15 +200,7 @@ def test_every_kind_of_client_learns_as_torch_does(
     for name, before in mixed.servers_before.items():
         assert moved(before, mixed.servers[name]) == set(before)
 
-    # the same numbers as a fleet of torch clients, to rounding
-    for name, state in mixed.states.items():
-        for tensor, mine in state.weights.items():
-            theirs = in_torch.states[name].weights[tensor]
-            np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4, err_msg=tensor)
-    for name, server in mixed.servers.items():
-        for tensor, mine in server.items():
-            theirs = in_torch.servers[name][tensor]
-            np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4, err_msg=tensor)
+    assert_same_numbers(mixed, in_torch)
 
     copies: dict[str, list[Array]] = {}  # of a layer, on clients and servers
     owners = [state.weights for state in mixed.states.values()]

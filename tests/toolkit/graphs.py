@@ -62,8 +62,10 @@ class Builder:
             return self.add(
                 kind, [x], {"groups": 1, "epsilon": 1e-5}, weight=channels, bias=channels
             )
-        return self.add(kind, [x], {"epsilon": 1e-5}, weight=channels, bias=channels,
-                        mean=channels, variance=channels)  # fmt: skip
+        attrs = {"epsilon": 1e-5, "momentum": 0.1, "frozen": False}
+        return self.add(
+            kind, [x], attrs, weight=channels, bias=channels, mean=channels, variance=channels
+        )
 
     def pool(self, x: str, kind: str) -> str:
         """A pool of 2x2, or of 1x1 where the image is too small."""
@@ -137,7 +139,7 @@ def overlaps(schedule: Schedule, plan: Plan) -> set[frozenset[str]]:
     return found
 
 
-def resnet_schedule(cut: str = "layer2", *, momentum: bool = True) -> Schedule:
-    """The schedule of a narrow resnet8 with all its exits."""
-    network = Network(resnet(), SHAPE)
-    return schedule(capture(segment_at(network, cut, upto=True), CLASSES), 3, momentum)
+def resnet_schedule(norm: str = "group") -> Schedule:
+    """The schedule of a narrow resnet8 up to layer2, with all its exits."""
+    network = Network(resnet(norm=norm), SHAPE)
+    return schedule(capture(segment_at(network, "layer2", upto=True), CLASSES), 3, momentum=True)

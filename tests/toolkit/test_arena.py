@@ -61,9 +61,9 @@ def test_verify_names_a_buffer_that_lies_on_another() -> None:
     )
 
 
-@pytest.mark.parametrize("name", [arena.GRADIENTS, arena.MOMENTUM])
+@pytest.mark.parametrize("name", [arena.GRADIENTS, arena.MOMENTUM, arena.STATISTICS])
 def test_verify_names_what_has_to_last_and_is_overwritten(name: str) -> None:
-    steps = resnet_schedule()
+    steps = resnet_schedule(norm="batch")
     sound = plan(steps)
     # under a tensor of the first step, which nothing else needs the lasting buffer after
     moved = replace(sound, offsets={**sound.offsets, name: sound.offsets["stem.0"]})

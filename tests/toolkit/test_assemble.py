@@ -14,6 +14,7 @@ from splitee.assemble import Assembly, Board
 from splitee.client import Place
 from splitee.errors import CutError, FitError, FleetError
 from splitee.fleet import parse
+from splitee.norms import frozen_norms
 from splitee.place import Room, kib
 from splitee.strategies import Averaging, Sequential
 from splitee.train import RoundDone, fit
@@ -99,14 +100,67 @@ def test_group_norm_where_firmware_is_in_the_fleet_and_batch_norm_elsewhere() ->
     assert assembly("a:torch, b:mcu", mcu=ENDLESS).norm == "group"
     assert assembly("a:torch, b:edge").norm == "batch"
     assert assembly("a:torch", model='width = 4\nnorm = "group"').norm == "group"
-    with pytest.raises(FleetError, match=r'norm = "batch": client "b" runs firmware'):
-        assembly("a:torch, b:mcu", model='norm = "batch"', mcu=ENDLESS)
+    assert assembly("a:torch, b:mcu", model='norm = "batch"', mcu=ENDLESS).norm == "batch"
 
 
-def test_batch_norm_needs_the_whole_batch_at_once() -> None:
+BATCH = 'width = 4\nnorm = "batch"'
+
+
+def test_batch_norm_by_the_samples_held_needs_the_whole_batch_at_once() -> None:
     assert assembly("a:torch").member("a").build.capacity == 16
-    with pytest.raises(FleetError, match=r'client "a": batch norm needs the whole batch at once'):
-        assembly("a:torch:capacity = 8").member("a")
+    held = assembly("b:mcu:capacity = 16", model=BATCH, mcu=ENDLESS)
+    assert held.member("b").build.capacity == 16
+    for client in ("a:torch:capacity = 8", "a:mcu"):  # firmware usually holds 8
+        with pytest.raises(FleetError) as error:
+            assembly(client, model=BATCH, mcu=ENDLESS).member("a")
+        assert str(error.value) == (
+            'client "a": batch norm needs the whole batch at once: capacity = 16, '
+            'batch_norm = "frozen" or norm = "group"'
+        )
+
+
+def test_frozen_batch_norm_takes_any_capacity_and_keeps_names_and_values() -> None:
+    clients = "a:torch:capacity = 3:cut = 2, b:mcu:capacity = 1:cut = 2, c:mcu:cut = 2"
+    fleet = assembly(clients, model=BATCH + '\nbatch_norm = "frozen"', mcu=ENDLESS)
+    assert [m.build.capacity for m in fleet.members] == [3, 1, 8]
+    held = assembly("a:torch:cut = 2", model=BATCH).member("a")
+    for member in fleet.members:
+        graph = member.build.graph
+        assert {op.attrs["frozen"] for op in graph.ops if op.kind == "batch_norm"} == {True}
+        assert list(member.state.weights) == list(held.state.weights)
+        assert unequal(dict(member.state.weights), dict(held.state.weights)) == []
+    assert {op.attrs["frozen"] for op in held.build.graph.ops if op.kind == "batch_norm"} == {False}
+    client = fleet.local(fleet.member("a"))
+    assert len(frozen_norms(client.segment)) == 3
+    assert (
+        frozen_norms(fleet.strategy([client]).server("a").tail) == []
+    )  # servers learn as torch does
+
+
+@pytest.mark.parametrize(
+    ("client", "batch", "batch_norm", "refused"),
+    [
+        ("a:torch:cut = 3:capacity = 1", 16, "frozen", True),
+        ("a:torch:cut = 3:capacity = 3", 16, "frozen", True),  # 16 is 5 x 3 + 1
+        ("a:torch:cut = 3:capacity = 4", 16, "frozen", True),  # 1,437 is 89 x 16 + 13, 3 x 4 + 1
+        ("a:torch:cut = 3:capacity = 5", 15, "frozen", False),
+        ("a:torch:cut = 3:capacity = 2", 4, "frozen", True),
+        ("a:torch:cut = 'layer4':capacity = 1", 16, "frozen", False),  # its own norms are frozen
+        ("a:torch:cut = 3", 16, "held", False),
+        ("a:torch:cut = 3", 4, "held", True),  # 1,437 is 359 x 4 + 1
+    ],
+)
+def test_a_part_of_one_sample_is_too_little_for_batch_norms_of_1x1_images(
+    client: str, batch: int, batch_norm: str, refused: bool
+) -> None:
+    model = f'name = "resnet18"\nwidth = 1\nnorm = "batch"\nbatch_norm = "{batch_norm}"'
+    fleet = assembly(client, f"batch = {batch}", model)
+    if refused:
+        message = r'^client "a": of a part of one sample, layer4\.0\.norm1 sees one value a channel'
+        with pytest.raises(FleetError, match=message):
+            fleet.member("a")
+    else:
+        fleet.member("a")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import Tensor, fx, nn
 from splitee.capture import capture
 from splitee.graph import Graph
 from splitee.model import Network, Segment
+from splitee.norms import freeze
 from splitee.ops import Array
 from toolkit.layers import Layers, randomise, segment_of
+from toolkit.mobilenet import MobileNetV2
 from toolkit.networks import CLASSES, relative_errors, resnet, segment_at
 
 SILENT = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten)  # they make no tensor of their own
@@ -89,6 +91,8 @@ LAYERS: dict[str, Callable[[], Layers]] = {
     "batch-norm": partial(nn.BatchNorm2d, 4),
     "batch-norm-epsilon": partial(nn.BatchNorm2d, 4, eps=0.5),
     "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "relu6-function": lambda: lambda a, b: F.relu6(a + b),
     "relu-function": lambda: lambda a, b: F.relu(a) + torch.relu(b),
     "relu-method": lambda: lambda a, b: a.relu() + b,
     "add-operator": lambda: lambda a, b: a + b,
@@ -135,6 +139,41 @@ def test_every_tensor_of_a_captured_segment_is_torchs(norm: str, cut: str, upto:
     assert {n: e for n, e in found.items() if not e < 1e-12} == {}
     assert tuple(graph.exits) == segment.exit_names
     assert set(graph.weights) == set(segment.tensors())
+
+
+def batch_norm(norm: nn.BatchNorm2d, *, frozen: bool) -> Mapping[str, Any]:
+    """The attributes with which a batch norm is captured."""
+    segment = segment_of(norm)
+    if frozen:
+        freeze(segment)
+    graph = capture(segment, 3)
+    return next(op.attrs for op in graph.ops if op.kind == "batch_norm")
+
+
+def test_a_batch_norm_says_how_its_statistics_follow() -> None:
+    assert batch_norm(nn.BatchNorm2d(4), frozen=False) == {
+        "epsilon": 1e-5, "momentum": 0.1, "frozen": False,
+    }  # fmt: skip
+    assert batch_norm(nn.BatchNorm2d(4, 1e-3, 0.25), frozen=True) == {
+        "epsilon": 1e-3, "momentum": 0.25, "frozen": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", ["features.0", "features.3", "features.7"])
+def test_every_tensor_of_a_mobilenets_first_stages_is_torchs(cut: str) -> None:
+    model = randomise(MobileNetV2(0.125, 4, channels=1, classes=CLASSES))
+    segment = segment_at(Network(model, (1, 16, 16)), cut, upto=True)
+    found = errors(segment, capture(segment, CLASSES))
+    assert {n: e for n, e in found.items() if not e < 1e-12} == {}
+
+
+def test_the_mobilenet_of_these_tests_is_the_one_that_is_known() -> None:
+    model = MobileNetV2(channels=3, classes=1000)
+    assert sum(p.numel() for p in model.parameters()) == 3_504_872  # torchvision's
+    assert len(model.state_dict()) == 314
+    assert {"features.1.conv.0.0.weight", "features.18.1.running_var", "classifier.1.bias"} < set(
+        model.state_dict()
+    )
 
 
 def test_an_exit_runs_as_soon_as_its_tensor_is_there() -> None:

@@ -39,6 +39,10 @@ REFUSED: dict[str, tuple[Callable[[], Layers], str]] = {
         partial(nn.BatchNorm2d, 4, track_running_stats=False),
         r"^0\.layer: BatchNorm2d has",
     ),
+    "batch-norm-mean-of-all": (
+        partial(nn.BatchNorm2d, 4, momentum=None),
+        r"^0\.layer: only batch norms with a momentum",
+    ),
     "group-norm-plain": (partial(nn.GroupNorm, 2, 4, affine=False), r"^0\.layer: GroupNorm has"),
     "max-pool-ceil": (partial(nn.MaxPool2d, 4, ceil_mode=True), r"^0\.layer: only max pools"),
     "max-pool-dilation": (partial(nn.MaxPool2d, 2, dilation=2), r"^0\.layer: only max pools"),

@@ -27,6 +27,7 @@ rejoin_within = 1.5
 name = "resnet20"
 width = 8
 norm = "group"
+batch_norm = "frozen"
 
 [data]
 name = "digits"
@@ -57,7 +58,7 @@ def test_a_good_file_says_what_it_says() -> None:
         "name": "two-tiers", "seed": 3, "rounds": 4, "batch": 8, "strategy": "sequential",
         "gradient": "both", "exit_weight": 0.25, "aggregate": "all", "exits": "upto", "period": 2,
         "entropy": 0.4, "rejoin_within": 1.5,
-        "model": {"name": "resnet20", "width": 8, "norm": "group"},
+        "model": {"name": "resnet20", "width": 8, "norm": "group", "batch_norm": "frozen"},
         "data": {"name": "digits", "samples": None},
         "optimizer": {"learning_rate": 0.1, "momentum": 0.0, "weight_decay": 1e-4},
         "client": [

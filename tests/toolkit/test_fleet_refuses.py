@@ -13,7 +13,7 @@ CLIENT = '[[client]]\nname = "one"\n'
 KEYS = {
     "": "name, seed, rounds, batch, strategy, gradient, exit_weight, aggregate, exits, period, "
     "entropy, rejoin_within, model, data, optimizer, client",
-    "model": "name, width, norm",
+    "model": "name, width, norm, batch_norm",
     "data": "name, samples",
     "optimizer": "learning_rate, momentum, weight_decay",
     "client": "name, board, link, cut, deepest, capacity, share",

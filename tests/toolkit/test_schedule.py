@@ -49,8 +49,9 @@ BACKWARD_NEEDS: dict[str, tuple[str, ...]] = {
     "conv2d": ("input",),
     "linear": ("input",),
     "group_norm": ("input", "mean", "rstd"),
-    "batch_norm": ("input",),
+    "batch_norm": ("input", "statistics"),
     "relu": ("output",),
+    "relu6": ("output",),
     "add": (),
     "max_pool": ("winner",),
     "avg_pool": (),
@@ -67,7 +68,7 @@ def test_a_step_backward_reads_what_its_gradient_is_made_of(graph: Graph) -> Non
             continue
         op, needs = step.op, BACKWARD_NEEDS[step.op.kind]
         source = steps.aliases.get(op.inputs[0], op.inputs[0])
-        names = {"input": source, "output": op.name}
+        names = {"input": source, "output": op.name, "statistics": arena.STATISTICS}
         expected = [gradient(op.name), *(names.get(n, f"{op.name}:{n}") for n in needs)]
         assert list(step.reads) == expected, op.kind
         targets = {gradient(i) for i in op.inputs if graph.needs_gradient(i)}
@@ -95,6 +96,22 @@ def test_momentum_costs_one_value_per_parameter_and_capacity_scales_the_rest() -
     assert {n for n in without.sizes if doubled.sizes[n] == without.sizes[n]} == fixed
     assert all(doubled.sizes[n] == 2 * s for n, s in without.sizes.items() if n not in fixed)
     assert without.sizes["stem.1:mean"] == 3 * 4  # one group of four channels
+
+
+def test_statistics_of_the_batch_last_and_are_followed_behind_the_step() -> None:
+    network = Network(resnet(norm="batch"), SHAPE)
+    steps = schedule(capture(segment_at(network, "layer1"), CLASSES), 3, momentum=False)
+    norms = ["stem.1", "layer1.0.norm1", "layer1.0.norm2"]
+    assert steps.sizes["statistics"] == 4 * 2 * 4 * len(norms)  # mean and variance of 4 channels
+    assert "statistics" in steps.lasting
+    assert [s.op.name for s in steps.steps if "statistics" in s.adds and s.op] == norms
+    behind = steps.steps[steps.backward_end :]
+    assert [(s.action, s.op.name) for s in behind if s.op] == [("follow", n) for n in norms]
+    assert {s.action for s in steps.steps[steps.forward_end + 1 : steps.backward_end]} == {
+        "loss_backward", "backward",
+    }  # fmt: skip
+    assert "statistics" not in resnet_schedule().sizes  # group norm has none
+    assert resnet_schedule().backward_end == len(resnet_schedule().steps)
 
 
 def test_the_exits_share_the_trunks_tensor_and_not_its_gradient() -> None:

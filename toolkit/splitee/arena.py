@@ -26,6 +26,7 @@ ALIGNMENT = 16  # bytes: the widest vector load of a Cortex-M (MVE)
 
 GRADIENTS = "gradients"  # one buffer with the gradient of every parameter
 MOMENTUM = "momentum"
+STATISTICS = "statistics"  # of the batch so far, laid out as the running ones behind the parameters
 
 
 def gradient(tensor: str) -> str:
@@ -59,7 +60,7 @@ class Variant(NamedTuple):
 class Step:
     """One step of the schedule: at most one kernel's work."""
 
-    action: str  # forward | loss | loss_backward | backward | weigh | send
+    action: str  # forward | loss | loss_backward | backward | weigh | send | follow
     stage: int
     part: str  # of the stage: trunk | exit | cut (what only runs where the stage's end is the cut)
     op: Op | None = None
@@ -81,15 +82,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps [0, infer_end) forward, [infer_end, forward_end) losses, then backward.
+    """Steps [0, infer_end) forward, [infer_end, forward_end) losses, then backward to backward_end.
 
-    A send stands for the host reading buffers between two steps; no code comes from it.
+    Behind it, once the weights are updated, running statistics follow those of the batch. A send
+    stands for the host reading buffers between two steps; no code comes from it.
     """
 
     steps: tuple[Step, ...]
     variants: tuple[Variant, ...]
     infer_end: int
     forward_end: int
+    backward_end: int
     sizes: Mapping[str, int]  # bytes of every buffer at the built capacity
     lasting: tuple[str, ...]  # buffers that are alive through all steps
     aliases: Mapping[str, str]  # tensor -> the one whose buffer it shares
@@ -135,9 +138,10 @@ def schedule(graph: Graph, capacity: int, momentum: bool, *, moves: bool = False
         }
         sizes |= {name: capacity * size for name, size in keeps.items()}
         reads = tuple(at(i) for i in op.inputs)
+        measured = (STATISTICS,) if OPS[op.kind].measures else ()
         place = places[op.name]
         writes = (op.name, *keeps, *own(op, "forward"))
-        forward.append(Step("forward", *place, op, reads=reads, writes=writes))
+        forward.append(Step("forward", *place, op, reads=reads, writes=writes, adds=measured))
         if op.name in ends:
             number, stage = ends[op.name]
             forward.append(Step("send", number, "cut", reads=(stage.point, stage.logits)))
@@ -186,6 +190,7 @@ def schedule(graph: Graph, capacity: int, momentum: bool, *, moves: bool = False
         needed += [at(i) for i in op.inputs] if kind.keeps_inputs else []
         needed += [op.name] if kind.keeps_output else []
         needed += [saved(op, n) for n in kind.saves(op.attrs, graph.shapes[op.name])]
+        needed += [STATISTICS] if kind.measures else []
         targets = tuple(gradient(i) for i in op.inputs if graph.needs_gradient(i))
         if not targets and not op.weights:
             continue
@@ -201,7 +206,12 @@ def schedule(graph: Graph, capacity: int, momentum: bool, *, moves: bool = False
                 adds=adds,
             )
         )
-    steps = (*forward, *losses, *backward)
+    follow = [
+        Step("follow", *places[op.name], op, reads=(STATISTICS,))
+        for op in graph.ops
+        if OPS[op.kind].measures
+    ]
+    steps = (*forward, *losses, *backward, *follow)
 
     used = {b for s in steps for b in (*s.reads, *s.writes, *s.clears, *s.adds)}
     sizes |= {gradient(t): sizes[at(t)] for t in graph.shapes if gradient(t) in used}
@@ -210,8 +220,13 @@ def schedule(graph: Graph, capacity: int, momentum: bool, *, moves: bool = False
     if momentum:
         sizes[MOMENTUM] = 4 * graph.parameter_size
         lasting.append(MOMENTUM)
+    if follow:
+        sizes[STATISTICS] = 4 * (graph.weight_size - graph.parameter_size)
+        lasting.append(STATISTICS)
+    forward_end = infer_end + len(losses)
+    backward_end = forward_end + len(backward)
     return Schedule(
-        steps, tuple(variants), infer_end, infer_end + len(losses), sizes, tuple(lasting), alias
+        steps, tuple(variants), infer_end, forward_end, backward_end, sizes, tuple(lasting), alias
     )
 
 

@@ -19,6 +19,7 @@ from splitee.exits import Exit
 from splitee.fleet import ClientTable, Fleet
 from splitee.graph import Graph
 from splitee.model import Cut, Network, Segment, Tail
+from splitee.norms import freeze
 from splitee.place import Build, Room, deepest_that_fits
 from splitee.server import Server
 from splitee.strategies import Averaging, Sequential
@@ -98,12 +99,7 @@ class Assembly:
 
     def _norm(self) -> str:
         norm = self.fleet.model.norm
-        firmware = [c for c in self.fleet.client if self.boards[c.name].firmware]
-        if norm == "batch" and firmware:
-            raise FleetError(
-                f'norm = "batch": client "{firmware[0].name}" runs firmware, which has group norm '
-                'only: take norm = "group" or "auto"'
-            )
+        firmware = any(board.firmware for board in self.boards.values())
         return norm if norm != "auto" else ("group" if firmware else "batch")
 
     def _segment(self, cut: Cut, *, moves: bool) -> Segment:
@@ -112,7 +108,10 @@ class Assembly:
         last = self.cuts.index(cut)
         first = 0 if moves or self.fleet.exits == "upto" else last
         exits = {c.name: copy.deepcopy(self._exits[c.name]) for c in self.cuts[first : last + 1]}
-        return Segment(network, cut, exits)
+        segment = Segment(network, cut, exits)
+        if self.fleet.model.batch_norm == "frozen":
+            freeze(segment)
+        return segment
 
     def capacity(self, table: ClientTable) -> int:
         """Samples that a client holds at once."""
@@ -202,15 +201,28 @@ class Assembly:
         room = self.boards[name].room
         if room is not None and build.shortage(room):
             raise FitError(self._no_fit(table, deepest))
-        if self.norm == "batch" and build.capacity < self.fleet.batch:
-            raise FleetError(
-                f'client "{name}": batch norm needs the whole batch at once: '
-                f'capacity = {self.fleet.batch}, or norm = "group"'
-            )
+        if self.norm == "batch":
+            self._check_batch_norm(name, deepest, build)
         seed = (self.fleet.seed * 4096 + index) & 0xFFFFFFFF  # 32 bits on a device
         # without other cuts, the exits that are built in are those that the fleet has
         upto = not moves or self.fleet.exits == "upto"
         return Member(table, cut, upto, segment, build, self._shards[name], seed)
+
+    def _check_batch_norm(self, name: str, cut: Cut, build: Build) -> None:
+        """Raises FleetError where batch norm would have too few samples to learn from."""
+        batch, held = self.fleet.batch, self.fleet.model.batch_norm == "held"
+        if held and build.capacity < batch:
+            raise FleetError(
+                f'client "{name}": batch norm needs the whole batch at once: '
+                f'capacity = {batch}, batch_norm = "frozen" or norm = "group"'
+            )
+        norms = self._network.norms_of_single_values(None if held else cut)
+        if norms and 1 in _parts(len(self._shards[name]), batch, build.capacity):
+            raise FleetError(
+                f'client "{name}": of a part of one sample, {norms[0]} sees one value a channel, '
+                "and batch norm needs more: take another capacity, batch or share, or "
+                'norm = "group"'
+            )
 
     @cached_property
     def members(self) -> list[Member]:
@@ -248,6 +260,12 @@ class Assembly:
         model: nn.Module = copy.deepcopy(self._model)
         tail = Tail(Network(model, self.dataset.shape), cuts)
         return Server(tail, self.fleet.settings, device)
+
+
+def _parts(samples: int, batch: int, capacity: int) -> set[int]:
+    """How many samples the parts of a client's batches have."""
+    batches = {min(batch, samples - start) for start in range(0, samples, batch)}
+    return {min(capacity, size - start) for size in batches for start in range(0, size, capacity)}
 
 
 def _image(cut: Cut) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from torch import fx, nn
 from splitee.errors import ModelError
 from splitee.graph import Graph, Op
 from splitee.model import Segment
+from splitee.norms import FrozenBatchNorm2d
 from splitee.ops import OPS, Shape
 
 _FUNCTIONS: dict[Any, str] = {
@@ -21,6 +22,7 @@ _FUNCTIONS: dict[Any, str] = {
     torch.add: "add",
     torch.relu: "relu",
     F.relu: "relu",
+    F.relu6: "relu6",
     torch.flatten: "flatten",
     "add": "add",
     "relu": "relu",
@@ -71,6 +73,8 @@ class _Capture:
                 return x  # linear reads its input as one row per sample
             case nn.ReLU():
                 return self.add("relu", path, [x], {}, {})
+            case nn.ReLU6():
+                return self.add("relu6", path, [x], {}, {})
             case nn.Conv2d():
                 if _pair(module.dilation) != [1, 1] or module.padding_mode != "zeros":
                     raise ModelError(f"{path}: only convolutions without dilation, zero-padded")
@@ -94,7 +98,16 @@ class _Capture:
                 weights = {"weight": weight("weight"), "bias": weight("bias")}
                 return self.add("group_norm", path, [x], attrs, weights)
             case nn.BatchNorm2d(affine=True, track_running_stats=True):
-                attrs = {"epsilon": module.eps}
+                if module.momentum is None:
+                    raise ModelError(
+                        f"{path}: only batch norms with a momentum; a mean over all batches counts "
+                        "them, which is no part of a client's state"
+                    )
+                attrs = {
+                    "epsilon": module.eps,
+                    "momentum": module.momentum,
+                    "frozen": isinstance(module, FrozenBatchNorm2d),
+                }
                 weights = {
                     "weight": weight("weight"),
                     "bias": weight("bias"),

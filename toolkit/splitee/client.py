@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from splitee.data import Images, draw_order
 from splitee.model import Segment
+from splitee.norms import frozen_norms
 from splitee.ops import Array
 
 
@@ -239,6 +240,8 @@ class LocalClient:
     def discard(self) -> None:
         """Forgets a batch that was not finished."""
         self._optimizer.zero_grad()
+        for norm in frozen_norms(self.segment):
+            norm.forget()
         self._pass = None
         self._loss, self._correct = 0.0, 0
 
@@ -315,6 +318,8 @@ class LocalClient:
         """One SGD step; parameters that nothing taught keep still."""
         self._optimizer.step()
         self._optimizer.zero_grad()
+        for norm in frozen_norms(self.segment):
+            norm.follow()
         self.place = replace(self.place, steps=self.place.steps + 1)
         result = Stepped(self._loss, self._correct)
         self._loss, self._correct = 0.0, 0

@@ -27,6 +27,9 @@ class ModelTable(_Table):
     name: str = "resnet8"
     width: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: the literature's
     norm: Literal["auto", "group", "batch"] = "auto"  # auto: group where firmware is in the fleet
+    # a client's batch norm in training: by the samples held, or by the running statistics, which
+    # then follow once after the step
+    batch_norm: Literal["held", "frozen"] = "held"
 
 
 class DataTable(_Table):

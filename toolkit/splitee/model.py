@@ -203,6 +203,17 @@ class Network:
         """A number that grows along the network, for every cut, listed or not."""
         return self._place[self._ends[cut.name]]
 
+    def norms_of_single_values(self, behind: Cut | None) -> list[str]:
+        """The batch norms, behind a cut if given, that see a sample as one value a channel."""
+        first = self.position(behind) + 1 if behind else 0
+        return [
+            str(node.target)
+            for node in self._nodes[first:]
+            if node.op == "call_module"
+            and isinstance(self.traced.get_submodule(str(node.target)), nn.BatchNorm2d)
+            and self._shape(node)[1:] == (1, 1)
+        ]
+
     def _label(self, node: fx.Node) -> str:
         return str(node.target) if node.op == "call_module" else node.name
 

@@ -29,6 +29,7 @@ class Kind:
     macs: Callable[[Shape, Mapping[str, Shape]], int] = lambda out, weights: 0
     keeps_inputs: bool = False  # backward reads the inputs
     keeps_output: bool = False  # backward reads the output
+    measures: bool = False  # forward measures its input for running statistics
     # bytes that a pass needs for itself while it runs, whatever the batch
     scratch: Callable[[Attrs, Shape, Shape], int] = lambda attrs, x, out: 0
     # further tensors that forward assigns for backward: name -> bytes per sample
@@ -69,11 +70,23 @@ def _conv2d(attrs: Attrs, inputs: list[Array], weights: Weights) -> Array:
 SCRATCH_MAX = 4096  # bytes
 
 
+def depthwise(attrs: Attrs, x: Shape, out: Shape) -> bool:
+    """Whether a convolution makes each channel of one channel."""
+    groups: int = attrs["groups"]
+    return groups == x[0] == out[0] > 1
+
+
 def _conv2d_scratch(attrs: Attrs, x: Shape, out: Shape) -> int:
-    """``fast_conv2d_scratch`` of fast.h, in bytes; a test compares the two."""
-    _, height, width = x
+    """What fast.h says that a convolution needs, in bytes; a test compares the two."""
+    channels, height, width = x
+    if depthwise(attrs, x, out):
+        channels = 1
+    elif attrs["groups"] == 1:
+        channels = max(channels, out[0])
+    else:
+        return 0
     rows, columns = attrs["padding"]
-    whole: int = max(x[0], out[0]) * (height + 2 * rows + 2) * (width + 2 * columns + 6)
+    whole: int = channels * (height + 2 * rows + 2) * (width + 2 * columns + 6)
     return min(4 * whole, SCRATCH_MAX)
 
 
@@ -125,10 +138,15 @@ OPS: dict[str, Kind] = {
         keeps_inputs=True,
         saves=lambda a, out: {"mean": 4 * a["groups"], "rstd": 4 * a["groups"]},
     ),
-    "batch_norm": Kind(shape=_same, run=_batch_norm, keeps_inputs=True),
+    "batch_norm": Kind(shape=_same, run=_batch_norm, keeps_inputs=True, measures=True),
     "relu": Kind(
         shape=_same,
         run=lambda a, x, w: np.maximum(x[0], 0),
+        keeps_output=True,
+    ),
+    "relu6": Kind(
+        shape=_same,
+        run=lambda a, x, w: np.clip(x[0], 0, 6),
         keeps_output=True,
     ),
     "add": Kind(shape=_same, run=lambda a, x, w: x[0] + x[1]),
