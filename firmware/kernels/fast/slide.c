@@ -2,6 +2,10 @@
 //
 // The six pixels (with stride 2: nine) that a tile sees in a row of the band are loaded at once and
 // serve three taps and four lanes: 144 multiply-adds come with 20 to 24 other instructions.
+#include "kernels/fast/mve.h" // whether mve_slide.c takes its place
+
+#if !MVE
+
 #include "kernels/fast/slide.h"
 
 #include "kernels/fast/span.h" // ROLLED
@@ -120,3 +124,5 @@ void slide_spread(const struct tiles *t) {
         PUT_TILE;
     }
 }
+
+#endif // !MVE
