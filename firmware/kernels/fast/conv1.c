@@ -1,127 +1,15 @@
-// conv1.c: the 1x1 convolution with stride 1 or 2: products of matrices.
+// conv1.c: the 1x1 convolution with stride 1 or 2: the loops around mix.c, products of matrices.
 //
 // Every pixel is on its own: with stride 1 a whole plane is taken as one long row. With stride 2
 // every second pixel of every second row of x takes part.
 #include "kernels/fast/conv1.h"
 
+#include "kernels/fast/mix.h"  // the inner loops
 #include "kernels/fast/span.h" // SELDOM, zeros
-#include "kernels/fast/tile.h" // four lanes by four pixels
 
 static size_t least(size_t a, size_t b) {
     return a < b ? a : b;
 }
-
-// ---- the inner loops ----
-
-// w[0] has the weights of a channel in all four lanes side by side, channel after channel:
-// 16 multiply-adds come with 5 other instructions.
-static void mix_1(const struct tiles *t) {
-    TILE;
-    SINGLES4(x, s16, s17, s18, s19);
-    SINGLES4(g, s20, s21, s22, s23);
-    const float *first = t->from;
-    TILE_PLACES;
-    for (size_t tile = t->count; tile > 0; tile--, first += t->advance) {
-        const float *from = first, *w = t->w[0];
-        LOAD_TILE;
-        for (size_t channel = t->channels; channel > 0; channel--) {
-            TAKE4(g, w);
-            TAKE4(x, from);
-            from += (ptrdiff_t)t->plane - 4;
-            TAP(a, g0, x0, x1, x2, x3);
-            TAP(b, g1, x0, x1, x2, x3);
-            TAP(c, g2, x0, x1, x2, x3);
-            TAP(d, g3, x0, x1, x2, x3);
-        }
-        PUT_TILE;
-    }
-}
-
-// The same where every second pixel of `from` takes part.
-static void mix_2(const struct tiles *t) {
-    TILE;
-    SINGLES7(x, s16, s17, s18, s19, s20, s21, s22);
-    SINGLES4(g, s23, s24, s25, s26);
-    const float *first = t->from;
-    TILE_PLACES;
-    for (size_t tile = t->count; tile > 0; tile--, first += t->advance) {
-        const float *from = first, *w = t->w[0];
-        LOAD_TILE;
-        for (size_t channel = t->channels; channel > 0; channel--) {
-            TAKE4(g, w);
-            TAKE7(x, from);
-            from += (ptrdiff_t)t->plane - 7;
-            TAP(a, g0, x0, x2, x4, x6);
-            TAP(b, g1, x0, x2, x4, x6);
-            TAP(c, g2, x0, x2, x4, x6);
-            TAP(d, g3, x0, x2, x4, x6);
-        }
-        PUT_TILE;
-    }
-}
-
-// The weights of one lane for mix_1 and mix_2, which lie `step` floats apart.
-static void pack(float *to, const float *w, size_t step, size_t channels) {
-    ROLLED for (; channels > 0; channels--, to += 4, w += step) {
-        *to = *w;
-    }
-}
-
-// The gradients of the weights of four lanes for four channels, and what they are sums of.
-struct products {
-    float *to[4];       // the first channel's in each lane
-    const float *dy[4]; // each lane
-    const float *x[4];  // each channel
-    size_t pixels;
-};
-
-// Two pixels in one lane.
-#define PRODUCTS_LANE(a, dy)                                                                       \
-    do {                                                                                           \
-        TAKE2(g, dy);                                                                              \
-        TAP(a, g0, p0, q0, r0, s0);                                                                \
-        TAP(a, g1, p1, q1, r1, s1);                                                                \
-    } while (0)
-
-// 32 multiply-adds come with 10 other instructions.
-static void products_add(const struct products *t) {
-    TILE;
-    SINGLES2(p, s16, s17); // of each channel
-    SINGLES2(q, s18, s19);
-    SINGLES2(r, s20, s21);
-    SINGLES2(s, s22, s23);
-    SINGLES2(g, s24, s25); // of a lane
-    const float *dy0 = t->dy[0], *dy1 = t->dy[1], *dy2 = t->dy[2], *dy3 = t->dy[3];
-    const float *x0 = t->x[0], *x1 = t->x[1], *x2 = t->x[2], *x3 = t->x[3];
-    {
-        TILE_PLACES;
-        LOAD_TILE;
-    }
-    for (size_t pair = t->pixels / 2; pair > 0; pair--) {
-        TAKE2(p, x0);
-        TAKE2(q, x1);
-        TAKE2(r, x2);
-        TAKE2(s, x3);
-        PRODUCTS_LANE(a, dy0);
-        PRODUCTS_LANE(b, dy1);
-        PRODUCTS_LANE(c, dy2);
-        PRODUCTS_LANE(d, dy3);
-    }
-    if (t->pixels % 2 == 1) {
-        p0 = *x0;
-        q0 = *x1;
-        r0 = *x2;
-        s0 = *x3;
-        TAP(a, *dy0, p0, q0, r0, s0);
-        TAP(b, *dy1, p0, q0, r0, s0);
-        TAP(c, *dy2, p0, q0, r0, s0);
-        TAP(d, *dy3, p0, q0, r0, s0);
-    }
-    TILE_PLACES;
-    PUT_TILE;
-}
-
-// ---- the loops around them ----
 
 // The pixels of a tensor that take part: floats from a channel, a row, a pixel to the next.
 struct pixels {
@@ -159,6 +47,13 @@ SELDOM int conv1_does(const struct window *s, size_t room) {
            s->stride_height <= 2 && s->padding_height == 0 && s->padding_width == 0 &&
            meet(s).width >= 4 && // for tile_row
            4 * (size_t)s->out_width <= room;
+}
+
+// The weights of one lane for mix_1 and mix_2, which lie `step` floats apart.
+static void pack(float *to, const float *w, size_t step, size_t channels) {
+    ROLLED for (; channels > 0; channels--, to += 4, w += step) {
+        *to = *w;
+    }
 }
 
 // One tensor, `from`, taken in by another, `to`, in either direction.

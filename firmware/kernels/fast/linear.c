@@ -1,6 +1,10 @@
 // linear.c: the fully connected layer, two outputs by eight inputs at a time.
 //
 // A sample uses each weight once: one load brings eight of them, and two outputs share the inputs.
+#include "kernels/fast/mve.h" // whether mve_linear.c takes its place
+
+#if !MVE
+
 #include "kernels/fast/fast.h"
 #include "kernels/fast/span.h" // eight at a time
 
@@ -98,3 +102,5 @@ void fast_linear_backward(float *dx, float *dw, float *db, const float *dy, cons
         dx = dx ? dx + in : dx;
     }
 }
+
+#endif // !MVE

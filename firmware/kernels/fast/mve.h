@@ -48,6 +48,44 @@ static inline uint32x4_t lanes_apart(const float *first, size_t step, size_t cou
 #define LANES_GET(at, floats) vldrwq_gather_base_f32((at), 4 * (floats))
 #define LANES_PUT(at, floats, v) vstrwq_scatter_base_f32((at), 4 * (floats), (v))
 
+// ---- tiles ----
+
+// A tile of tile.h: a vector of lanes for each of its pixels.
+#define TILE_LANES(to)                                                                             \
+    float32x4_t a = LANES_GET(to, 0), b = LANES_GET(to, 1), c = LANES_GET(to, 2),                  \
+                d = LANES_GET(to, 3)
+
+// A weight of each lane, or a gradient: each pixel of a tile sees one of p0 ... p3.
+#define TAP_LANES(g, p0, p1, p2, p3)                                                               \
+    do {                                                                                           \
+        a = vfmaq_n_f32(a, g, p0);                                                                 \
+        b = vfmaq_n_f32(b, g, p1);                                                                 \
+        c = vfmaq_n_f32(c, g, p2);                                                                 \
+        d = vfmaq_n_f32(d, g, p3);                                                                 \
+    } while (0)
+
+// Stores a tile, and `to` moves on to the next.
+#define PUT_LANES(to)                                                                              \
+    do {                                                                                           \
+        LANES_PUT(to, 0, a);                                                                       \
+        LANES_PUT(to, 1, b);                                                                       \
+        LANES_PUT(to, 2, c);                                                                       \
+        LANES_PUT(to, 3, d);                                                                       \
+        LANES_MOVE(to, 4);                                                                         \
+    } while (0)
+
+// ---- neighbouring floats ----
+
+// v is a vector; p moves on behind it. GCC would keep p, and add it up anew for every load.
+#define VECTOR_TAKE(v, p)                                                                          \
+    __asm__ volatile("vldrw.32 %q[to], [%[at]], #16"                                               \
+                     : [to] "=w"(v), [at] "+r"(p)                                                  \
+                     : "m"(*(const float(*)[4])(p)))
+#define VECTOR_PUT(p, v)                                                                           \
+    __asm__ volatile("vstrw.32 %q[from], [%[at]], #16"                                             \
+                     : [at] "+r"(p), "=m"(*(float(*)[4])(p))                                       \
+                     : [from] "w"(v))
+
 // ---- core registers ----
 
 // Local variables that are bound to registers are there in assembly; between, they are plain C.

@@ -7,15 +7,11 @@
 #if MVE
 
 #include "kernels/fast/slide.h"
-#include "kernels/fast/span.h" // ROLLED
 
-#define TAP4(g, x0, x1, x2, x3)                                                                    \
+#define SEE(tap, p0, p1, p2, p3)                                                                   \
     do {                                                                                           \
-        const float32x4_t weights = (g);                                                           \
-        a = vfmaq_n_f32(a, weights, x0);                                                           \
-        b = vfmaq_n_f32(b, weights, x1);                                                           \
-        c = vfmaq_n_f32(c, weights, x2);                                                           \
-        d = vfmaq_n_f32(d, weights, x3);                                                           \
+        const float32x4_t g = LANES_GET(w, tap);                                                   \
+        TAP_LANES(g, p0, p1, p2, p3);                                                              \
     } while (0)
 
 // A row of the kernel whose first weight is `tap`; turned round its last row is the first one.
@@ -23,14 +19,14 @@
     do {                                                                                           \
         if (stride == 2) {                                                                         \
             CORE_LOAD9(x, from);                                                                   \
-            TAP4(LANES_GET(w, tap), x0, x2, x4, x6);                                               \
-            TAP4(LANES_GET(w, tap + 1), x1, x3, x5, x7);                                           \
-            TAP4(LANES_GET(w, tap + 2), x2, x4, x6, x8);                                           \
+            SEE(tap, x0, x2, x4, x6);                                                              \
+            SEE(tap + 1, x1, x3, x5, x7);                                                          \
+            SEE(tap + 2, x2, x4, x6, x8);                                                          \
         } else {                                                                                   \
             CORE_LOAD6(x, from);                                                                   \
-            TAP4(LANES_GET(w, turned ? 8 - (tap) : tap), x0, x1, x2, x3);                          \
-            TAP4(LANES_GET(w, turned ? 7 - (tap) : tap + 1), x1, x2, x3, x4);                      \
-            TAP4(LANES_GET(w, turned ? 6 - (tap) : tap + 2), x2, x3, x4, x5);                      \
+            SEE(turned ? 8 - (tap) : tap, x0, x1, x2, x3);                                         \
+            SEE(turned ? 7 - (tap) : tap + 1, x1, x2, x3, x4);                                     \
+            SEE(turned ? 6 - (tap) : tap + 2, x2, x3, x4, x5);                                     \
         }                                                                                          \
     } while (0)
 
@@ -44,8 +40,7 @@ __attribute__((always_inline)) static inline void slide(const struct tiles *t, i
     for (size_t tile = t->count; tile > 0; tile--, first += t->advance) {
         const float *from = first;
         uint32x4_t w = lanes_at(t->w);
-        float32x4_t a = LANES_GET(to, 0), b = LANES_GET(to, 1), c = LANES_GET(to, 2),
-                    d = LANES_GET(to, 3);
+        TILE_LANES(to);
         for (size_t channel = t->channels; channel > 0; channel--) {
             SLIDE_ROW(0);
             from += down;
@@ -55,11 +50,7 @@ __attribute__((always_inline)) static inline void slide(const struct tiles *t, i
             from += next;
             LANES_MOVE(w, t->w_step);
         }
-        LANES_PUT(to, 0, a);
-        LANES_PUT(to, 1, b);
-        LANES_PUT(to, 2, c);
-        LANES_PUT(to, 3, d);
-        LANES_MOVE(to, 4);
+        PUT_LANES(to);
     }
 }
 
@@ -82,8 +73,7 @@ void slide_spread(const struct tiles *t) {
     for (size_t tile = t->count; tile > 0; tile--, first += t->advance) {
         const float *from = first;
         uint32x4_t w = lanes_at(t->w);
-        float32x4_t a = LANES_GET(to, 0), b = LANES_GET(to, 1), c = LANES_GET(to, 2),
-                    d = LANES_GET(to, 3);
+        TILE_LANES(to);
         for (size_t channel = t->channels; channel > 0; channel--) {
             CORE_LOAD3(x, from);
             from += t->plane;
@@ -96,11 +86,7 @@ void slide_spread(const struct tiles *t) {
             b = vfmaq_n_f32(b, g2, x0);
             d = vfmaq_n_f32(d, g2, x1);
         }
-        LANES_PUT(to, 0, a);
-        LANES_PUT(to, 1, b);
-        LANES_PUT(to, 2, c);
-        LANES_PUT(to, 3, d);
-        LANES_MOVE(to, 4);
+        PUT_LANES(to);
     }
 }
 

@@ -1,4 +1,8 @@
 // sgd.c: one step of stochastic gradient descent, eight weights at a time.
+#include "kernels/fast/mve.h" // whether mve_sgd.c takes its place
+
+#if !MVE
+
 #include "kernels/fast/fast.h"
 #include "kernels/fast/span.h" // eight at a time
 
@@ -23,3 +27,5 @@ void fast_sgd_step(float *w, float *v, const float *g, float rate, float momentu
     }
     sgd_step(w, v, g, rate, momentum, decay, size);
 }
+
+#endif // !MVE
