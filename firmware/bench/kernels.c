@@ -56,6 +56,8 @@ static void forward(const struct layer *l) {
     const size_t area = (size_t)l->window.in_height * l->window.in_width;
     if (strcmp(l->kernel, "conv2d") == 0) {
         fast_conv2d_forward(y, x, w, b, &l->window, 1, scratch);
+    } else if (strcmp(l->kernel, "depthwise") == 0) {
+        fast_depthwise_forward(y, x, w, b, &l->window, 1, scratch);
     } else if (strcmp(l->kernel, "linear") == 0) {
         fast_linear_forward(y, x, w, b, l->window.in_channels, l->window.out_channels, 1);
     } else if (strcmp(l->kernel, "group_norm") == 0) {
@@ -70,6 +72,8 @@ static void backward(const struct layer *l, float *to) {
     const size_t area = (size_t)l->window.in_height * l->window.in_width;
     if (strcmp(l->kernel, "conv2d") == 0) {
         fast_conv2d_backward(to, dw, db, dy, x, w, &l->window, 1, scratch);
+    } else if (strcmp(l->kernel, "depthwise") == 0) {
+        fast_depthwise_backward(to, dw, db, dy, x, w, &l->window, 1, scratch);
     } else if (strcmp(l->kernel, "linear") == 0) {
         fast_linear_backward(to, dw, db, dy, x, w, l->window.in_channels, l->window.out_channels,
                              1);
@@ -105,6 +109,13 @@ static uint32_t measure(const struct layer *l, unsigned parts) {
     return port_micros() - before;
 }
 
+static size_t scratch_size(const struct window *s, const char *kernel) {
+    if (strcmp(kernel, "conv2d") == 0) {
+        return fast_conv2d_scratch(s);
+    }
+    return strcmp(kernel, "depthwise") == 0 ? fast_depthwise_scratch(s) : 0;
+}
+
 static void report(const struct layer *l) {
     fill(x, MAPS);
     fill(dy, MAPS);
@@ -114,9 +125,7 @@ static void report(const struct layer *l) {
     write_text(" ");
     write_text(l->shape);
     write_number(l->macs);
-    write_number(strcmp(l->kernel, "conv2d") == 0
-                     ? (uint32_t)(fast_conv2d_scratch(&l->window) * sizeof(float))
-                     : 0);
+    write_number((uint32_t)(scratch_size(&l->window, l->kernel) * sizeof *scratch));
     write_number(measure(l, FORWARD));
     write_number(without);
     write_number(measure(l, BACKWARD | INPUT) - without);
@@ -138,6 +147,11 @@ static void report(const struct layer *l) {
         "conv2d", name, (in) * (out) * (k) * (k) * ((size) / (s)) * ((size) / (s)),                \
             WINDOW(in, out, size, k, s), (in) * (out) * (k) * (k), 0                               \
     }
+#define DEPTHWISE(channels, size, s, name)                                                         \
+    {                                                                                              \
+        "depthwise", name, (channels)*9 * ((size) / (s)) * ((size) / (s)),                         \
+            WINDOW(channels, channels, size, 3, s), (channels)*9, 0                                \
+    }
 #define LINEAR(in, out, name)                                                                      \
     { "linear", name, (in) * (out), WINDOW(in, out, 1, 1, 1), (in) * (out), 0 }
 
@@ -150,6 +164,8 @@ static const struct layer layers[] = {
     CONV2D(16, 32, 16, 1, 1, "16x32x16x16k1"),
     CONV2D(32, 32, 8, 1, 1, "32x32x8x8k1"),
     CONV2D(16, 32, 16, 1, 2, "16x32x16x16k1s2"),
+    DEPTHWISE(16, 32, 1, "16x32x32k3"),
+    DEPTHWISE(16, 32, 2, "16x32x32k3s2"),
     LINEAR(256, 10, "256x10"),
     LINEAR(128, 64, "128x64"),
     {"group_norm", "16x16x16g4", 0, WINDOW(16, 16, 16, 1, 1), 16, 4},

@@ -86,6 +86,10 @@ static inline uint32x4_t lanes_apart(const float *first, size_t step, size_t cou
                      : [at] "+r"(p), "=m"(*(float(*)[4])(p))                                       \
                      : [from] "w"(v))
 
+static inline float vector_sum(float32x4_t v) {
+    return (v[0] + v[1]) + (v[2] + v[3]);
+}
+
 // ---- core registers ----
 
 // Local variables that are bound to registers are there in assembly; between, they are plain C.

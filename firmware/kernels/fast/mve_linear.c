@@ -32,7 +32,7 @@ static void dots(float *product, const float *x, const float *const *w, size_t i
     const float32x4_t inputs = vldrwq_z_f32(x, rest);
     EACH {
         sum[i] = vfmaq_f32(sum[i], inputs, vldrwq_z_f32(from[i], rest));
-        product[i] = (sum[i][0] + sum[i][1]) + (sum[i][2] + sum[i][3]);
+        product[i] = vector_sum(sum[i]);
     }
 }
 
