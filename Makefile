@@ -17,8 +17,9 @@ demo: setup ## train one network across several devices, all of them on this mac
 test: setup ## run the tests
 	@$(venv)/pytest
 
-bench-kernels: setup ## count what each kernel costs on the emulated board
+bench-kernels: setup ## count what each kernel costs on the emulated boards
 	@$(venv)/splitee bench kernels --board qemu-m4
+	@$(venv)/splitee bench kernels --board qemu-m55
 
 check: lint types test ## everything that continuous integration checks
 

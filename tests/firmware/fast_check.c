@@ -1,5 +1,5 @@
-// fast_check.c: a firmware that holds the fast kernels to the plain ones on random shapes, for the
-// tests on boards.
+// fast_check.c: a firmware that holds the fast kernels to the plain ones on chosen and random
+// shapes, for the tests on boards.
 //
 // It writes a line for each tensor that disagrees and for each shape after which a float beside an
 // array has changed, then how many shapes of each kernel it ran, then "end".
@@ -161,6 +161,70 @@ static void compare(const char *kernel, const struct tensor *tensors, size_t ten
 
 // ---- windows ----
 
+#define DEPTHWISE 0 // in place of the output channels
+
+// Corners of what the fast kernels compute.
+static const struct corner {
+    uint16_t in, height, width, out;
+    uint8_t kernel, stride, padding;
+} corners[] = {
+    // one pixel; narrower than a tile; lanes and pixels that are no multiple of four
+    {1, 1, 1, 1, 3, 1, 1},
+    {5, 3, 1, 6, 3, 1, 1},
+    {7, 2, 2, 9, 3, 1, 1},
+    {5, 3, 3, 2, 3, 2, 1},
+    {4, 5, 7, 3, 3, 1, 0},
+    {3, 7, 9, 5, 3, 1, 2},
+    {2, 4, 13, 7, 3, 1, 3},
+    {6, 15, 16, 7, 3, 2, 0},
+    {6, 9, 10, 7, 3, 2, 3},
+    {9, 7, 9, 10, 3, 2, 1},
+    // whole tiles
+    {4, 8, 8, 8, 3, 1, 1},
+    {4, 16, 16, 4, 3, 2, 1},
+    // rows in several bands, channels in several pieces, as wide as fits, too wide
+    {1, 100, 10, 1, 3, 1, 1},
+    {20, 11, 18, 5, 3, 1, 1},
+    {40, 11, 10, 30, 3, 2, 1},
+    {2, 5, 330, 3, 3, 1, 1},
+    {2, 5, 400, 3, 3, 1, 1},
+    {2, 5, 301, 3, 3, 2, 1},
+    // 1x1: a plane of less than a tile, and of one pixel more; channels in several pieces
+    {3, 1, 3, 5, 1, 1, 0},
+    {3, 1, 5, 5, 1, 1, 0},
+    {2, 2, 2, 9, 1, 1, 0},
+    {130, 5, 5, 31, 1, 1, 0},
+    {70, 9, 9, 7, 1, 2, 0},
+    {5, 8, 7, 6, 1, 2, 0},
+    {3, 40, 65, 2, 1, 2, 0},
+    // depthwise
+    {1, 1, 1, DEPTHWISE, 3, 1, 1},
+    {3, 3, 3, DEPTHWISE, 3, 1, 1},
+    {5, 6, 7, DEPTHWISE, 3, 2, 1},
+    {2, 9, 10, DEPTHWISE, 3, 2, 3},
+    {2, 40, 30, DEPTHWISE, 3, 1, 1},
+    {2, 41, 39, DEPTHWISE, 3, 2, 1},
+    {2, 5, 330, DEPTHWISE, 3, 1, 1},
+};
+#define CORNERS (sizeof corners / sizeof corners[0])
+
+static struct window corner_window(const struct corner *c) {
+    return (struct window){
+        .in_channels = c->in,
+        .in_height = c->height,
+        .in_width = c->width,
+        .out_channels = c->out == DEPTHWISE ? c->in : c->out,
+        .out_height = (uint16_t)((c->height + 2 * c->padding - c->kernel) / c->stride + 1),
+        .out_width = (uint16_t)((c->width + 2 * c->padding - c->kernel) / c->stride + 1),
+        .kernel_height = c->kernel,
+        .kernel_width = c->kernel,
+        .stride_height = c->stride,
+        .stride_width = c->stride,
+        .padding_height = c->padding,
+        .padding_width = c->padding,
+    };
+}
+
 // Mostly of kinds that the fast kernels compute, and small enough for the pool and the patience.
 static struct window random_window(int depthwise) {
     for (;;) {
@@ -211,9 +275,8 @@ static void depthwise_plain(float *y, float *dx, float *dw, float *db, const flo
     }
 }
 
-static void check_window(int depthwise) {
+static void check_window(struct window s, int depthwise) {
     clear();
-    const struct window s = random_window(depthwise);
     const size_t n = 1 + below(2), out = s.out_channels;
     const size_t x_size = n * s.in_channels * s.in_height * s.in_width;
     const size_t y_size = n * out * s.out_height * s.out_width;
@@ -263,13 +326,18 @@ static void check_layer(void) {
 
 int main(int argc, char **argv) {
     port_init(argc, argv);
+    for (size_t i = 0; i < CORNERS; i++) {
+        check_window(corner_window(&corners[i]), corners[i].out == DEPTHWISE);
+    }
     for (uint32_t i = 0; i < WINDOWS; i++) {
-        check_window(i % 4 == 3);
+        const int depthwise = i % 4 == 3;
+        check_window(random_window(depthwise), depthwise);
     }
     for (uint32_t i = 0; i < LAYERS; i++) {
         check_layer();
     }
-    write_count("windows", WINDOWS);
+    write_count("chosen windows", CORNERS);
+    write_count("random windows", WINDOWS);
     write_count("layers", LAYERS);
     write_text("end\n");
     port_flush();

@@ -1,6 +1,6 @@
 """The fast C kernels, held to PyTorch in float64 tensor by tensor.
 
-What runs here is their portable form; ``test_fast_on_boards.py`` runs the one for an Arm core.
+What runs here is their portable form; ``test_fast_on_boards.py`` runs those for Arm cores.
 """
 
 from __future__ import annotations
@@ -339,9 +339,11 @@ FAULTS = [
     Fault("depthwise.c", "w[9 * channel + 8 - i]", "w[9 * channel + i]", _DEPTHWISE, "dx"),
     Fault("dot.c", "g##2, x2, x3, x4", "g##1, x2, x3, x4", _CONV, "dw"),
     Fault("linear.c", "BACK8(w1, dy1)", "BACK8(w1, dy0)", _LINEAR, "dx"),
+    Fault("mix.c", "TAP(a, g1, p1, q1, r1, s1)", "TAP(a, g1, p1, q1, r1, s0)", _PIXELS, "dw"),
     Fault("sgd.c", "PUT8(v, b)", "PUT8(v, c)", _SGD, "v"),
     Fault("slide.c", "TAP(a, g2, x2, x4, x6, x8)", "TAP(a, g2, x2, x4, x6, x7)", _CONV_2, "y"),
     Fault("tile.c", "*to += *from++", "*to = *from++", _PIXELS_2, "dx"),
+    Fault("view.c", "SEEN4(w6, w7, w8)", "SEEN4(w6, w7, w7)", _DEPTHWISE, "dw"),
 ]
 
 
