@@ -1,7 +1,8 @@
 // fast.h: faster kernels for the calls of kernels.h that cost most, held to them by the tests.
 //
 // They are made for a core with an FPU that loads several registers by one instruction (Cortex-M4F
-// and up), and right everywhere. The contracts are those of kernels.h; what they have no fast way
+// and up), and right everywhere; where vectors of floats are to be had (Cortex-M55), mve_*.c takes
+// the place of the inner loops. The contracts are those of kernels.h; what they have no fast way
 // for they hand to the plain kernel. Sums are taken in another order, so the last digits differ.
 #ifndef FAST_H
 #define FAST_H

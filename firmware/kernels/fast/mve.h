@@ -4,7 +4,7 @@
 // core register and adds it to a sum, so that loops load what all lanes share into core registers,
 // several at once (ldm, which C has no word for and GCC does not find), and what each lane has of
 // its own into vectors, from four addresses that are a vector themselves. Eight vectors is all
-// there is. Helium takes denormal numbers for zeros; NaN stays NaN.
+// there is. In vectors, unlike elsewhere, denormal numbers are zeros; NaN stays NaN.
 //
 // x stands for the variables x0, x1, x2, ...
 //   CORES3(x, r4, r5, r6)  declares x0 ... x2 in these registers, in rising order
@@ -13,8 +13,9 @@
 #ifndef MVE_H
 #define MVE_H
 
-// Bit 1 is arithmetic of floats, bit 0 of integers.
-#if defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 2)
+// Bit 1 is arithmetic of floats, bit 0 of integers. Without optimization GCC's intrinsics do not
+// take their constants for constants.
+#if defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 2) && defined(__OPTIMIZE__)
 #define MVE 1
 #else
 #define MVE 0

@@ -1,7 +1,8 @@
 // mve_slide.c: slide.c with vectors: a tile is a vector of its four lanes for each pixel.
 //
 // The pixels that a tile sees in a row of the band are loaded at once into core registers; each of
-// the three weights of that row is a vector. 144 multiply-adds are 36 instructions, with 18 others.
+// the three weights of that row is a vector. 144 multiply-adds are 36 instructions; 17 others come
+// with them.
 #include "kernels/fast/mve.h"
 
 #if MVE

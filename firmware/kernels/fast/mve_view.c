@@ -18,7 +18,7 @@
 
 #define NEXT_TO(at, floats) vldrwq_f32((at) + (floats))
 
-// Four pixels: 18 instructions for 36 multiply-adds come with three others.
+// Side by side, nine instructions for 36 multiply-adds come with 13 others.
 void view_see(float *to, const float *weights, const struct view *v) {
     const size_t fours = v->stride == 1 ? v->width / 4 : 0;
     const float *band = v->band;
