@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,12 +24,15 @@ from splitee.data import Images
 from splitee.exits import Exit
 from splitee.model import Network, Segment
 from splitee.norms import freeze
+from splitee.ops import Array
 from splitee.place import Build
+from splitee.steps import NO_LEVERS, Levers
 from splitee_exporters.c import to_c
 from splitee_host import boards
 from splitee_host.device import Device
 from toolkit.mobilenet import MobileNetV2
 
+FIRMWARE = boards.firmware_root()
 SETTINGS = Settings(learning_rate=0.1, momentum=0.9, weight_decay=0.01)
 
 
@@ -119,6 +126,7 @@ def case(
     samples: int = 24,
     momentum: bool = True,
     moves: bool = False,
+    levers: Levers = NO_LEVERS,
 ) -> Case:
     """The first stages of a network, exits at every cut.
 
@@ -148,6 +156,7 @@ def case(
         scale=(1 / 64,) * channels,
         shift=(-2.0,) * channels,
         moves=moves,
+        levers=levers,
     )
     rng = np.random.default_rng(3)
     images = Images(
@@ -171,6 +180,14 @@ def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return channels, height, width
 
 
+@cache
+def _objects() -> Path:
+    """A folder that lasts as long as the tests."""
+    folder = Path(tempfile.mkdtemp(prefix="splitee-objects-"))
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
 @contextmanager
 def device(
     case: Case, board: str, folder: Path, settings: Settings, *, source: str | None = None
@@ -182,11 +199,44 @@ def device(
     sanitize = board == "posix"
     # -O1: sanitizers make the compiler slow enough
     overrides = {"OPTIMIZE": "-O1"} if sanitize else {}
-    firmware = boards.build(known, folder, folder, sanitize=sanitize, overrides=overrides)
+    # all but the segment is the same in every case: it is made once for each board, but for a
+    # firmware with a fault planted
+    objects = _objects() / board if boards.firmware_root() == FIRMWARE else folder
+    for made in ("segment.o", "segment.d"):
+        (objects / made).unlink(missing_ok=True)
+    firmware = boards.build(known, folder, objects, sanitize=sanitize, overrides=overrides)
+    if objects != folder:
+        elf = Path(shutil.copy2(firmware.elf, folder / "device.elf"))
+        firmware = replace(firmware, elf=elf)
     with boards.start(known, firmware) as running:
         device = Device(board, running.link, case.build, settings, close=running.close)
         device.start(case.state, case.images)
         yield device
+
+
+@contextmanager
+def planted(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
+    """Firmware is built with a fault in one of its files, from a copy of the sources.
+
+    With the same folder, only that file is compiled again for the next fault.
+    """
+    root = folder / "sources"
+    if not root.exists():
+        shutil.copytree(boards.firmware_root(), root)
+    text = (root / file).read_text()
+    assert text.count(old) == 1, "the text to change is not there, or not alone"
+    (root / file).write_text(text.replace(old, new))
+    try:
+        with mock.patch.object(boards, "firmware_root", return_value=root):
+            yield
+    finally:
+        (root / file).write_text(text)
+
+
+def norm_of_gradients(tensors: dict[str, Array]) -> float:
+    """Of the gradients of all parameters together, among the tensors of a step."""
+    found = [g for name, g in tensors.items() if name.startswith("gradient of ")]
+    return float(np.linalg.norm(np.concatenate([g.ravel() for g in found]).astype(np.float64)))
 
 
 def local(case: Case, settings: Settings) -> LocalClient:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -12,7 +14,8 @@ import pytest
 from typer.main import get_group
 
 from host_harness import splitee
-from splitee.fleet import Fleet
+from splitee.fleet import Fleet, OptimizerTable
+from splitee.steps import Levers
 from splitee_exporters.c import to_c
 from splitee_host import boards
 from splitee_host.cli import app
@@ -86,9 +89,32 @@ def test_the_readme_has_every_setting_that_is_a_choice() -> None:
     assert list(SETTINGS) == choices
 
 
+def test_the_readme_names_every_setting_of_the_optimizer() -> None:
+    named = {words.split(" = ")[0] for words in code(section(README, "A fleet file"))}
+    assert set(OptimizerTable.model_fields) <= named
+
+
+def test_the_readme_names_every_lever() -> None:
+    named = [code(cells[0])[0].split(" = ")[0] for cells in rows(section(README, "Less memory"))]
+    assert named == ["capacity", *(f.name for f in fields(Levers))]
+
+
 def test_the_readme_tells_of_every_board_how_far_it_was_run() -> None:
     told = {code(cells[0])[0]: cells for cells in rows(section(README, "What was run"))}
     assert set(told) == set(boards.load_boards())
+
+
+# ---- DESIGN.md ----
+
+
+def test_the_memory_of_a_first_stage_is_what_was_measured() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
+    measured: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        measured.setdefault(row["levers"], []).append(f"{row['ram_bytes']:,}")
+    again = {r["levers"]: f"{r['forward_macs_again']:.0%}" for r in results["rows"][::-1]}
+    table = rows(section(DESIGN, "The memory of a first stage"))
+    assert table == [[name, *sizes, again[name]] for name, sizes in measured.items()]
 
 
 # ---- both ----

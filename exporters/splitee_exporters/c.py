@@ -11,12 +11,22 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from splitee import arena
-from splitee.arena import Step, gradient
 from splitee.errors import ModelError
 from splitee.graph import Graph, Op
 from splitee.ops import Array, Shape, depthwise
 from splitee.place import Build
+from splitee.steps import (
+    ALIGNMENT,
+    GRADIENTS,
+    MOMENTUM,
+    STATISTICS,
+    Step,
+    gradient,
+    half,
+    own_gradients,
+    saved,
+    softmax,
+)
 
 KINDS = (
     "conv2d", "linear", "group_norm", "batch_norm", "relu", "relu6", "add", "max_pool", "avg_pool",
@@ -52,8 +62,12 @@ class _Writer:
 
     def buffer(self, name: str) -> str:
         """A pointer to a buffer of the arena."""
-        name = self.build.schedule.aliases.get(name, name)
         return f"(arena + {self.build.plan.offsets[name] // 4})"
+
+    def at(self, step: Step, name: str) -> str:
+        """A pointer to what a step works on: a tensor, a gradient, or what is the step's own."""
+        name = name if name in step.buffers else self.build.schedule.aliases[name]
+        return self.buffer(step.buffers[name])
 
     def shape(self, tensor: str) -> Shape:
         return self.graph.shapes[tensor]
@@ -65,17 +79,18 @@ class _Writer:
     def weight(self, op: Op, role: str) -> str:
         return f"weights + {self.graph.places[op.weights[role]]}" if role in op.weights else "NULL"
 
-    def weight_gradient(self, op: Op, role: str) -> str:
+    def weight_gradient(self, step: Step, op: Op, role: str) -> str:
         if role not in op.weights:
             return "NULL"
-        return f"{self.buffer(arena.GRADIENTS)} + {self.graph.places[op.weights[role]]}"
+        place = self.graph.places[op.weights[role]]
+        if own_gradients(op) in step.buffers:
+            return f"{self.at(step, own_gradients(op))} + {place - self.first_weight(op)}"
+        return f"{self.at(step, GRADIENTS)} + {place}"
 
-    def input_gradient(self, op: Op, index: int = 0) -> str:
-        name = op.inputs[index]
-        return self.buffer(gradient(name)) if self.graph.needs_gradient(name) else "NULL"
-
-    def saved(self, op: Op, name: str, kind: str = "") -> str:
-        return kind + self.buffer(arena.saved(op, name))
+    def first_weight(self, op: Op) -> int:
+        """Where the parameters of an operation begin; they are neighbours."""
+        trained = [name for name in op.weights.values() if name in self.graph.parameters]
+        return min(self.graph.places[name] for name in trained)
 
     def running(self, op: Op) -> tuple[str, str]:
         """Mean and variance of all batches so far."""
@@ -85,7 +100,7 @@ class _Writer:
         """Mean and variance of the batch at hand."""
         first = self.graph.parameter_size
         mean, variance = (
-            f"{self.buffer(arena.STATISTICS)} + {self.graph.places[op.weights[role]] - first}"
+            f"{self.buffer(STATISTICS)} + {self.graph.places[op.weights[role]] - first}"
             for role in ("mean", "variance")
         )
         return mean, variance
@@ -94,38 +109,71 @@ class _Writer:
 
     def call(self, step: Step) -> list[str]:
         """The statements of a step; a send has none."""
-        if step.action == "send":
-            return []
-        if step.action == "weigh":
-            cut = self.build.stages[step.stage].point
-            return [
-                f"gradient_weigh({self.buffer(gradient(cut))}, pass->server_weight, "
-                f"{self.size(cut)})"
-            ]
-        if step.exit is not None:
-            return [*self.clears(step), self.loss(step)]
+        match step.action:
+            case "send":
+                return []
+            case "weigh":
+                return [self.weigh(step)]
+            case "loss" | "loss_backward":
+                return [*self.clears(step), self.loss(step)]
         assert step.op is not None
-        method = getattr(self, f"{step.op.kind}_{step.action}")
+        action = step.action.removesuffix("_weight").removesuffix("_input")
+        general = {"pack": self.pack, "unpack": self.unpack, "pass": self.hand_on,
+                   "update": self.update}  # fmt: skip
+        method = general.get(action) or getattr(self, f"{step.op.kind}_{action}")
         # a batch norm measures before it normalises: two statements
-        return [*self.clears(step), *method(step.op).splitlines()]
+        return [*self.clears(step), *method(step, step.op).splitlines()]
 
     def clears(self, step: Step) -> list[str]:
-        return [
-            f"memset({self.buffer(d)}, 0, {self.size(tensor)} * sizeof(float))"
-            for tensor in self.graph.shapes
-            if (d := gradient(tensor)) in step.clears
-        ]
+        found = []
+        for name, buffer in step.buffers.items():
+            if buffer not in step.clears:
+                continue
+            tensor = name[2:-1] if name.startswith("d(") else None
+            size = (
+                f"{self.size(tensor)} * sizeof(float)"
+                if tensor in self.graph.shapes
+                else f"{self.build.schedule.sizes[buffer]}"
+            )
+            found.append(f"memset({self.buffer(buffer)}, 0, {size})")
+        return found
+
+    def weigh(self, step: Step) -> str:
+        cut = self.build.stages[step.stage].point
+        d = self.at(step, gradient(cut))
+        return f"gradient_weigh({d}, pass->server_weight, {self.size(cut)})"
+
+    def pack(self, step: Step, op: Op) -> str:
+        h, x = self.at(step, half(op.name)), self.at(step, op.name)
+        return f"half_pack((uint16_t *){h}, {x}, {self.size(op.name)})"
+
+    def unpack(self, step: Step, op: Op) -> str:
+        x, h = self.at(step, op.name), self.at(step, half(op.name))
+        return f"half_unpack({x}, (const uint16_t *){h}, {self.size(op.name)})"
+
+    def hand_on(self, step: Step, op: Op) -> str:
+        to, source, size = self.at(step, "to"), self.at(step, "from"), self.size(op.name)
+        if step.over:
+            return ""  # it is there already
+        if step.writes:
+            return f"memcpy({to}, {source}, {size} * sizeof(float))"
+        return f"gradient_add({to}, {source}, {size})"
+
+    def update(self, step: Step, op: Op) -> str:
+        first = self.first_weight(op)
+        size = self.build.schedule.sizes[step.buffers[own_gradients(op)]] // 4
+        return f"fused_learn(pass, {first}, {self.at(step, own_gradients(op))}, {size})"
 
     def loss(self, step: Step) -> str:
         assert step.exit is not None
         logits = self.graph.exits[step.exit]
-        p = self.buffer(arena.softmax(logits))
+        p = self.at(step, softmax(logits))
         rest = f"pass->labels, pass->inverse_batch, {self.graph.classes}, n)"
         if step.action == "loss_backward":
-            d = self.buffer(gradient(logits))
+            d = self.at(step, gradient(logits))
             return f"softmax_cross_entropy_backward({d}, {p}, {rest}"
         return (
-            f"softmax_cross_entropy_forward({p}, {self.told(step)}, {self.buffer(logits)}, {rest}"
+            f"softmax_cross_entropy_forward({p}, {self.told(step)}, {self.at(step, logits)}, {rest}"
         )
 
     def told(self, step: Step) -> str:
@@ -137,69 +185,81 @@ class _Writer:
         else_nothing = " : NULL" if self.build.moves else ""
         return ", ".join(f"{at_cut}&pass->{out}{else_nothing}" for out in ("loss", "correct"))
 
-    def conv2d_forward(self, op: Op) -> str:
-        kernel, shape = self.convolution(op, "forward")
+    def conv2d_forward(self, step: Step, op: Op) -> str:
+        kernel, shape = self.convolution(step, op, "forward")
         return (
-            f"{kernel}({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
+            f"{kernel}({self.at(step, op.name)}, {self.at(step, op.inputs[0])}, "
             f"{self.weight(op, 'weight')}, {self.weight(op, 'bias')}, {shape})"
         )
 
-    def conv2d_backward(self, op: Op) -> str:
-        kernel, shape = self.convolution(op, "backward")
-        return (
-            f"{kernel}({self.input_gradient(op)}, {self.weight_gradient(op, 'weight')}, "
-            f"{self.weight_gradient(op, 'bias')}, {self.buffer(gradient(op.name))}, "
-            f"{self.buffer(op.inputs[0])}, {self.weight(op, 'weight')}, {shape})"
-        )
+    def conv2d_backward(self, step: Step, op: Op) -> str:
+        kernel, shape = self.convolution(step, op, "backward")
+        return f"{kernel}({self.layer_gradients(step, op)}, {shape})"
 
-    def convolution(self, op: Op, action: str) -> tuple[str, str]:
+    def layer_gradients(self, step: Step, op: Op) -> str:
+        """The arguments of a backward kernel that all layers have: a step wants dw or dx alone."""
+        if step.action == "backward_weight":
+            dw, db = (self.weight_gradient(step, op, role) for role in ("weight", "bias"))
+            dx, x = "NULL", self.at(step, op.inputs[0])
+        else:
+            dw = db = x = "NULL"
+            dx = self.at(step, gradient(op.inputs[0]))
+        dy = self.at(step, gradient(op.name))
+        return f"{dx}, {dw}, {db}, {dy}, {x}, {self.weight(op, 'weight')}"
+
+    def convolution(self, step: Step, op: Op, action: str) -> tuple[str, str]:
         """The kernel's name, and the arguments that follow the tensors."""
         window, groups = f"&{self.window(op)}", op.attrs["groups"]
         alone = depthwise(op.attrs, self.shape(op.inputs[0]), self.shape(op.name))
         if groups != 1 and not alone:
             return f"grouped_conv2d_{action}", f"{window}, {groups}, n"
-        scratch = self.buffer(arena.scratch(op, action))
+        scratch = self.at(step, "scratch")
         return f"fast_{'depthwise' if alone else 'conv2d'}_{action}", f"{window}, n, {scratch}"
 
-    def linear_forward(self, op: Op) -> str:
+    def linear_forward(self, step: Step, op: Op) -> str:
         inputs, outputs = self.graph.elements(op.inputs[0]), self.graph.elements(op.name)
         return (
-            f"fast_linear_forward({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
+            f"fast_linear_forward({self.at(step, op.name)}, {self.at(step, op.inputs[0])}, "
             f"{self.weight(op, 'weight')}, {self.weight(op, 'bias')}, {inputs}, {outputs}, n)"
         )
 
-    def linear_backward(self, op: Op) -> str:
+    def linear_backward(self, step: Step, op: Op) -> str:
         inputs, outputs = self.graph.elements(op.inputs[0]), self.graph.elements(op.name)
-        return (
-            f"fast_linear_backward({self.input_gradient(op)}, "
-            f"{self.weight_gradient(op, 'weight')}, {self.weight_gradient(op, 'bias')}, "
-            f"{self.buffer(gradient(op.name))}, "
-            f"{self.buffer(op.inputs[0])}, {self.weight(op, 'weight')}, {inputs}, {outputs}, n)"
-        )
+        return f"fast_linear_backward({self.layer_gradients(step, op)}, {inputs}, {outputs}, n)"
 
-    def group_norm_forward(self, op: Op) -> str:
+    def group_norm_forward(self, step: Step, op: Op) -> str:
         channels, height, width = self.shape(op.name)
+        mean, rstd = (self.at(step, saved(op, name)) for name in ("mean", "rstd"))
         return (
-            f"group_norm_forward({self.buffer(op.name)}, {self.saved(op, 'mean')}, "
-            f"{self.saved(op, 'rstd')}, {self.buffer(op.inputs[0])}, {self.weight(op, 'weight')}, "
+            f"group_norm_forward({self.at(step, op.name)}, {mean}, {rstd}, "
+            f"{self.at(step, op.inputs[0])}, {self.weight(op, 'weight')}, "
             f"{self.weight(op, 'bias')}, {channels}, {op.attrs['groups']}, {height * width}, "
             f"{_literals(np.array(op.attrs['epsilon']))}, n)"
         )
 
-    def group_norm_backward(self, op: Op) -> str:
+    def group_norm_backward(self, step: Step, op: Op) -> str:
         channels, height, width = self.shape(op.name)
+        mean, rstd = (self.at(step, saved(op, name)) for name in ("mean", "rstd"))
         return (
-            f"group_norm_backward({self.input_gradient(op)}, "
-            f"{self.weight_gradient(op, 'weight')}, {self.weight_gradient(op, 'bias')}, "
-            f"{self.buffer(gradient(op.name))}, {self.buffer(op.inputs[0])}, "
-            f"{self.weight(op, 'weight')}, {self.saved(op, 'mean')}, {self.saved(op, 'rstd')}, "
-            f"{channels}, {op.attrs['groups']}, {height * width}, n)"
+            f"group_norm_backward({self.norm_gradients(step, op)}, {mean}, {rstd}, {channels}, "
+            f"{op.attrs['groups']}, {height * width}, n)"
         )
 
-    def batch_norm_forward(self, op: Op) -> str:
+    def norm_gradients(self, step: Step, op: Op) -> str:
+        """The arguments of a backward kernel that all norms have."""
+        dw, db = (self.weight_gradient(step, op, role) for role in ("weight", "bias"))
+        d, x = self.in_place(step, op), self.at(step, op.inputs[0])
+        return f"{d}, {dw}, {db}, {x}, {self.weight(op, 'weight')}"
+
+    def in_place(self, step: Step, op: Op) -> str:
+        """The gradient of the output, which becomes that of the input where it lies."""
+        assert step.over, step
+        return self.at(step, gradient(op.name))
+
+    def batch_norm_forward(self, step: Step, op: Op) -> str:
         channels, height, width = self.shape(op.name)
         frozen = op.attrs["frozen"]
-        x, sizes = self.buffer(op.inputs[0]), f"{channels}, {height * width}"
+        x, sizes = self.at(step, op.inputs[0]), f"{channels}, {height * width}"
         measured, running = self.of_batch(op), self.running(op)
         mean, variance = (
             r if frozen else f"pass->learns ? {m} : {r}"
@@ -207,81 +267,75 @@ class _Writer:
         )
         seen = "pass->seen" if frozen else "0"
         measure = f"batch_norm_measure({', '.join(measured)}, {x}, {sizes}, {seen}, n)"
-        return (
-            f"if (pass->learns) {measure}\n"
-            f"batch_norm_forward({self.buffer(op.name)}, {x}, {self.weight(op, 'weight')}, "
+        return (f"if (pass->learns) {measure}\n" if STATISTICS in step.buffers else "") + (
+            f"batch_norm_forward({self.at(step, op.name)}, {x}, {self.weight(op, 'weight')}, "
             f"{self.weight(op, 'bias')}, {mean}, {variance}, {sizes}, "
             f"{_literals(np.array(op.attrs['epsilon']))}, n)"
         )
 
-    def batch_norm_backward(self, op: Op) -> str:
+    def batch_norm_backward(self, step: Step, op: Op) -> str:
         channels, height, width = self.shape(op.name)
         frozen = op.attrs["frozen"]
         mean, variance = self.running(op) if frozen else self.of_batch(op)
         return (
-            f"batch_norm{'_frozen' if frozen else ''}_backward({self.input_gradient(op)}, "
-            f"{self.weight_gradient(op, 'weight')}, {self.weight_gradient(op, 'bias')}, "
-            f"{self.buffer(gradient(op.name))}, {self.buffer(op.inputs[0])}, "
-            f"{self.weight(op, 'weight')}, {mean}, {variance}, {channels}, {height * width}, "
+            f"batch_norm{'_frozen' if frozen else ''}_backward({self.norm_gradients(step, op)}, "
+            f"{mean}, {variance}, {channels}, {height * width}, "
             f"{_literals(np.array(op.attrs['epsilon']))}, n)"
         )
 
-    def batch_norm_follow(self, op: Op) -> str:
+    def batch_norm_follow(self, step: Step, op: Op) -> str:
         channels, height, width = self.shape(op.name)
         return (
             f"batch_norm_follow({', '.join((*self.running(op), *self.of_batch(op)))}, {channels}, "
             f"(pass->seen + n) * {height * width}, {_literals(np.array(op.attrs['momentum']))})"
         )
 
-    def relu_forward(self, op: Op) -> str:
-        y, x = self.buffer(op.name), self.buffer(op.inputs[0])
-        return f"{op.kind}_forward({y}, {x}, {self.size(op.name)})"
+    def relu_forward(self, step: Step, op: Op) -> str:
+        y, x, size = self.at(step, op.name), self.at(step, op.inputs[0]), self.size(op.name)
+        if saved(op, "bits") in step.buffers:
+            return f"{op.kind}_forward_bits({y}, (uint8_t *){self.bits(step, op)}, {x}, {size})"
+        return f"{op.kind}_forward({y}, {x}, {size})"
 
-    def relu_backward(self, op: Op) -> str:
-        dy, y = self.buffer(gradient(op.name)), self.buffer(op.name)
-        return f"{op.kind}_backward({self.input_gradient(op)}, {dy}, {y}, {self.size(op.name)})"
+    def relu_backward(self, step: Step, op: Op) -> str:
+        d, size = self.in_place(step, op), self.size(op.name)
+        if saved(op, "bits") in step.buffers:
+            return f"relu_backward_bits({d}, (const uint8_t *){self.bits(step, op)}, {size})"
+        return f"{op.kind}_backward({d}, {self.at(step, op.name)}, {size})"
+
+    def bits(self, step: Step, op: Op) -> str:
+        return self.at(step, saved(op, "bits"))
 
     relu6_forward, relu6_backward = relu_forward, relu_backward
 
-    def add_forward(self, op: Op) -> str:
-        a, b = (self.buffer(name) for name in op.inputs)
-        return f"add_forward({self.buffer(op.name)}, {a}, {b}, {self.size(op.name)})"
+    def add_forward(self, step: Step, op: Op) -> str:
+        a, b = (self.at(step, name) for name in op.inputs)
+        return f"add_forward({self.at(step, op.name)}, {a}, {b}, {self.size(op.name)})"
 
-    def add_backward(self, op: Op) -> str:
-        da, db = self.input_gradient(op, 0), self.input_gradient(op, 1)
-        return f"add_backward({da}, {db}, {self.buffer(gradient(op.name))}, {self.size(op.name)})"
-
-    def max_pool_forward(self, op: Op) -> str:
+    def max_pool_forward(self, step: Step, op: Op) -> str:
+        winner = f"(uint8_t *){self.at(step, saved(op, 'winner'))}"
         return (
-            f"max_pool_forward({self.buffer(op.name)}, {self.saved(op, 'winner', '(uint8_t *)')}, "
-            f"{self.buffer(op.inputs[0])}, &{self.window(op)}, n)"
+            f"max_pool_forward({self.at(step, op.name)}, {winner}, "
+            f"{self.at(step, op.inputs[0])}, &{self.window(op)}, n)"
         )
 
-    def max_pool_backward(self, op: Op) -> str:
-        winner = self.saved(op, "winner", "(const uint8_t *)")
-        return (
-            f"max_pool_backward({self.input_gradient(op)}, {self.buffer(gradient(op.name))}, "
-            f"{winner}, &{self.window(op)}, n)"
-        )
+    def max_pool_backward(self, step: Step, op: Op) -> str:
+        winner = f"(const uint8_t *){self.at(step, saved(op, 'winner'))}"
+        dx, dy = self.at(step, gradient(op.inputs[0])), self.at(step, gradient(op.name))
+        return f"max_pool_backward({dx}, {dy}, {winner}, &{self.window(op)}, n)"
 
-    def avg_pool_forward(self, op: Op) -> str:
+    def avg_pool_forward(self, step: Step, op: Op) -> str:
         return (
-            f"avg_pool_forward({self.buffer(op.name)}, {self.buffer(op.inputs[0])}, "
+            f"avg_pool_forward({self.at(step, op.name)}, {self.at(step, op.inputs[0])}, "
             f"&{self.window(op)}, n)"
         )
 
-    def avg_pool_backward(self, op: Op) -> str:
-        return (
-            f"avg_pool_backward({self.input_gradient(op)}, {self.buffer(gradient(op.name))}, "
-            f"&{self.window(op)}, n)"
-        )
+    def avg_pool_backward(self, step: Step, op: Op) -> str:
+        dx, dy = self.at(step, gradient(op.inputs[0])), self.at(step, gradient(op.name))
+        return f"avg_pool_backward({dx}, {dy}, &{self.window(op)}, n)"
 
-    def branch_backward(self, op: Op) -> str:
-        dy = self.buffer(gradient(op.name))
-        return (
-            f"branch_backward({self.input_gradient(op)}, {dy}, pass->exit_weight, "
-            f"{self.size(op.name)})"
-        )
+    def branch_backward(self, step: Step, op: Op) -> str:
+        d = self.in_place(step, op)
+        return f"gradient_weigh({d}, pass->exit_weight, {self.size(op.name)})"
 
     # the file
 
@@ -302,7 +356,7 @@ class _Writer:
         for number, step in enumerate(self.build.schedule.steps):
             what = step.op.name if step.op else step.exit or self.build.stages[step.stage].point
             yield f"    case {number}: // {step.action} {what}"
-            yield from (f"        {statement};" for statement in self.call(step))
+            yield from (f"        {statement};" for statement in self.call(step) if statement)
             yield "        break;"
 
     def steps(self) -> Iterable[str]:
@@ -324,10 +378,16 @@ class _Writer:
             yield f"        .parameters_end = {end},"
             yield f"        .activation_size = {self.graph.elements(stage.point)},"
             yield f"        .activations = {self.buffer(stage.point)},"
-            yield f"        .gradient = {self.buffer(gradient(stage.point))},"
+            yield f"        .gradient = {self.gradient_of(stage.point)},"
             yield f"        .logits = {self.buffer(stage.logits)},"
             yield "    },"
         yield "};"
+
+    def gradient_of(self, point: str) -> str:
+        """Where the server's gradient goes, if the segment has room for it."""
+        if self.build.levers.local_only and not self.build.moves:
+            return "NULL"
+        return self.buffer(gradient(point))
 
     def parameters(self, ops: Iterable[Op]) -> int:
         """Number of values that these operations train."""
@@ -336,7 +396,8 @@ class _Writer:
 
     def render(self) -> str:
         build, graph, plan = self.build, self.graph, self.build.plan
-        momentum = self.buffer(arena.MOMENTUM) if build.momentum else "NULL"
+        momentum = self.buffer(MOMENTUM) if build.momentum else "NULL"
+        gradients = "NULL" if build.levers.fused_update else self.buffer(GRADIENTS)
         lines = [
             "// Generated by splitee_exporters/c.py: a client's segment up to "
             f"{build.stages[-1].cut}; do not edit.",
@@ -344,16 +405,17 @@ class _Writer:
             "",
             "#include <string.h>",
             "",
+            *(['#include "core/fused.h"'] if build.levers.fused_update else []),
             '#include "kernels/fast/fast.h"',
             '#include "kernels/kernels.h"',
             "",
             f"// {plan.size} bytes planned; {plan.lower_bound} are alive at once at most.",
-            f"static _Alignas({arena.ALIGNMENT}) float arena[{plan.size // 4}];",
+            f"static _Alignas({ALIGNMENT}) float arena[{plan.size // 4}];",
             f"static float weights[{max(1, graph.weight_size)}] = {{",
             "    " + _literals(graph.flatten(graph.weights)),
             "};",
-            f"static uint8_t shard[{build.samples_max * build.record_size}];",
-            f"static uint16_t order[{build.samples_max}];",
+            f"SEGMENT_SHARD static uint8_t shard[{build.samples_max * build.record_size}];",
+            f"SEGMENT_SHARD static uint16_t order[{build.samples_max}];",
             f"static uint8_t labels[{build.capacity}];",
             f"static const float scale[] = {{{_literals(np.array(build.scale))}}};",
             f"static const float shift[] = {{{_literals(np.array(build.shift))}}};",
@@ -380,7 +442,7 @@ class _Writer:
             "    .stages = stages,",
             "    .arena = (uint8_t *)arena,",
             "    .weights = weights,",
-            f"    .gradients = {self.buffer(arena.GRADIENTS)},",
+            f"    .gradients = {gradients},",
             f"    .momentum = {momentum},",
             f"    .input = {self.buffer(graph.input)},",
             "    .shard = shard,",

@@ -63,25 +63,35 @@ static void forward(const struct layer *l) {
     } else if (strcmp(l->kernel, "group_norm") == 0) {
         group_norm_forward(y, mean, rstd, x, w, b, l->window.in_channels, l->groups, area, 1e-5f,
                            1);
+    } else if (strcmp(l->kernel, "batch_norm") == 0) {
+        // the variance stands where group norm has 1 / deviation
+        batch_norm_measure(mean, rstd, x, l->window.in_channels, area, 0, 1);
+        batch_norm_forward(y, x, w, b, mean, rstd, l->window.in_channels, area, 1e-5f, 1);
     } else {
         relu_forward(y, x, l->window.in_channels * area);
     }
 }
 
-static void backward(const struct layer *l, float *to) {
+// The gradients of a layer's weights, or that of its input: two steps of a segment. A norm has one
+// for both, which works in place.
+static void backward(const struct layer *l, int input) {
     const size_t area = (size_t)l->window.in_height * l->window.in_width;
+    float *const to = input ? dx : NULL, *const to_w = input ? NULL : dw;
+    float *const to_b = input ? NULL : db;
     if (strcmp(l->kernel, "conv2d") == 0) {
-        fast_conv2d_backward(to, dw, db, dy, x, w, &l->window, 1, scratch);
+        fast_conv2d_backward(to, to_w, to_b, dy, x, w, &l->window, 1, scratch);
     } else if (strcmp(l->kernel, "depthwise") == 0) {
-        fast_depthwise_backward(to, dw, db, dy, x, w, &l->window, 1, scratch);
+        fast_depthwise_backward(to, to_w, to_b, dy, x, w, &l->window, 1, scratch);
     } else if (strcmp(l->kernel, "linear") == 0) {
-        fast_linear_backward(to, dw, db, dy, x, w, l->window.in_channels, l->window.out_channels,
-                             1);
-    } else if (strcmp(l->kernel, "group_norm") == 0) {
-        group_norm_backward(to, dw, db, dy, x, w, mean, rstd, l->window.in_channels, l->groups,
-                            area, 1);
-    } else if (to) {
-        relu_backward(to, dy, y, l->window.in_channels * area);
+        fast_linear_backward(to, to_w, to_b, dy, x, w, l->window.in_channels,
+                             l->window.out_channels, 1);
+    } else if (strcmp(l->kernel, "group_norm") == 0 && !input) {
+        group_norm_backward(dy, dw, db, x, w, mean, rstd, l->window.in_channels, l->groups, area,
+                            1);
+    } else if (strcmp(l->kernel, "batch_norm") == 0 && !input) {
+        batch_norm_backward(dy, dw, db, x, w, mean, rstd, l->window.in_channels, area, 1e-5f, 1);
+    } else if (strcmp(l->kernel, "relu") == 0 && input) {
+        relu_backward(dy, y, l->window.in_channels * area);
     }
 }
 
@@ -91,7 +101,7 @@ static void update(const struct layer *l) {
 }
 
 // The parts of a step, as bits.
-enum { FORWARD = 1, BACKWARD = 2, INPUT = 4, UPDATE = 8 };
+enum { FORWARD = 1, LEARN = 2, INPUT = 4, UPDATE = 8 };
 
 static uint32_t measure(const struct layer *l, unsigned parts) {
     const uint32_t before = port_micros();
@@ -99,8 +109,11 @@ static uint32_t measure(const struct layer *l, unsigned parts) {
         if (parts & FORWARD) {
             forward(l);
         }
-        if (parts & BACKWARD) {
-            backward(l, parts & INPUT ? dx : NULL);
+        if (parts & LEARN) {
+            backward(l, 0);
+        }
+        if (parts & INPUT) {
+            backward(l, 1);
         }
         if (parts & UPDATE) {
             update(l);
@@ -120,18 +133,17 @@ static void report(const struct layer *l) {
     fill(x, MAPS);
     fill(dy, MAPS);
     fill(w, WEIGHTS);
-    const uint32_t without = measure(l, BACKWARD);
     write_text(l->kernel);
     write_text(" ");
     write_text(l->shape);
     write_number(l->macs);
     write_number((uint32_t)(scratch_size(&l->window, l->kernel) * sizeof *scratch));
     write_number(measure(l, FORWARD));
-    write_number(without);
-    write_number(measure(l, BACKWARD | INPUT) - without);
+    write_number(measure(l, LEARN));
+    write_number(measure(l, INPUT));
     write_number(measure(l, UPDATE));
-    write_number(measure(l, FORWARD | BACKWARD | INPUT | UPDATE));
-    write_number(measure(l, FORWARD | BACKWARD | UPDATE));
+    write_number(measure(l, FORWARD | LEARN | INPUT | UPDATE));
+    write_number(measure(l, FORWARD | LEARN | UPDATE));
     write_text("\n");
     port_flush();
 }
@@ -169,6 +181,7 @@ static const struct layer layers[] = {
     LINEAR(256, 10, "256x10"),
     LINEAR(128, 64, "128x64"),
     {"group_norm", "16x16x16g4", 0, WINDOW(16, 16, 16, 1, 1), 16, 4},
+    {"batch_norm", "16x16x16", 0, WINDOW(16, 16, 16, 1, 1), 16, 0},
     {"relu", "16x16x16", 0, WINDOW(16, 16, 16, 1, 1), 0, 0},
 };
 

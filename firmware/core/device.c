@@ -9,8 +9,8 @@
 #include "core/order.h"        // data order
 #include "core/port.h"         // link and clock
 #include "core/segment.h"      // the network
-#include "kernels/fast/fast.h" // fast_sgd_step
-#include "kernels/kernels.h"   // normalize_forward, sgd_step
+#include "core/step.h"         // its update
+#include "kernels/kernels.h"   // normalize_forward
 #include "protocol/frame.h"    // frames
 #include "protocol/messages.h" // what stands in them
 
@@ -95,11 +95,11 @@ static struct memory region_of(uint8_t which) {
     case REGION_ACTIVATIONS:
         return (struct memory){(uint8_t *)last->activations, activations, 0};
     case REGION_GRADIENT:
-        return (struct memory){(uint8_t *)last->gradient, activations, 1};
+        return (struct memory){(uint8_t *)last->gradient, last->gradient ? activations : 0, 1};
     case REGION_LOGITS:
         return (struct memory){(uint8_t *)last->logits, 4 * held * segment.classes, 0};
     case REGION_GRADIENTS:
-        return (struct memory){(uint8_t *)segment.gradients, parameters, 0};
+        return (struct memory){(uint8_t *)segment.gradients, segment.gradients ? parameters : 0, 0};
     default: // REGION_ARENA
         return (struct memory){segment.arena, segment.arena_size, 0};
     }
@@ -176,6 +176,14 @@ static void on_settings(const uint8_t *body, size_t size) {
         refuse(ERROR_NO_MOMENTUM, 0);
         return;
     }
+    if (m.clip != 0.0f && segment.gradients == NULL) {
+        refuse(ERROR_NO_CLIP, 0);
+        return;
+    }
+    if (m.server_weight != 0.0f && segment.stages[cut].gradient == NULL) {
+        refuse(ERROR_LOCAL_ONLY, 0);
+        return;
+    }
     settings = m;
     done();
 }
@@ -220,17 +228,12 @@ static int load(size_t first, size_t count) {
     return 1;
 }
 
-// Whether the exit of a stage up to the cut learns.
-static int exit_learns(unsigned stage) {
-    return upto || stage == cut;
-}
-
 static int takes_part(struct step step) {
     switch (step.part) {
     case STEP_TRUNK:
         return step.stage <= cut;
     case STEP_EXIT:
-        return step.stage <= cut && exit_learns(step.stage);
+        return step.stage <= cut && step_exit_learns(step.stage, cut, upto);
     default: // STEP_CUT
         return step.stage == cut;
     }
@@ -263,6 +266,10 @@ static void on_forward(const uint8_t *body, size_t size) {
         refuse(ERROR_TOO_MANY_SAMPLES, segment.capacity);
         return;
     }
+    if (!segment.gradients && m.count != m.batch) {
+        refuse(ERROR_NOT_WHOLE, segment.capacity); // layers learn from each part at once
+        return;
+    }
     const int ended = place.position == place.samples;
     const uint32_t left = ended ? place.samples : (uint32_t)(place.samples - place.position);
     if (m.count > left) {
@@ -278,7 +285,9 @@ static void on_forward(const uint8_t *body, size_t size) {
         return;
     }
     if (phase == IDLE) {
-        memset(segment.gradients, 0, segment.parameter_size * sizeof(float));
+        if (segment.gradients) {
+            memset(segment.gradients, 0, segment.parameter_size * sizeof(float));
+        }
         pass = (struct pass){.learns = 1};
     }
     pass.seen += pass.count;
@@ -287,6 +296,7 @@ static void on_forward(const uint8_t *body, size_t size) {
     pass.exit_weight = settings.exit_weight;
     pass.server_weight = settings.server_weight;
     pass.labels = segment.labels;
+    pass.settings = &settings;
     pass.cut = cut;
     run(0, segment.forward_end, &pass);
     place.position = (uint16_t)(place.position + m.count);
@@ -321,15 +331,13 @@ static void on_backward(const uint8_t *body, size_t size) {
         refuse(ERROR_OUT_OF_ORDER, phase);
         return;
     }
+    if (!segment.gradients && step_finite(&pass.loss, 1) == 0) {
+        pass.failed = 1; // before any layer learns
+        pass.bad = NOT_FINITE_LOSS;
+    }
     run(segment.forward_end, segment.backward_end, &pass);
     phase = ACCUMULATED;
     done();
-}
-
-static void update(uint32_t first, uint32_t end) {
-    float *const velocity = segment.momentum ? segment.momentum + first : NULL;
-    fast_sgd_step(segment.weights + first, velocity, segment.gradients + first,
-                  settings.learning_rate, settings.momentum, settings.weight_decay, end - first);
 }
 
 static void on_step(const uint8_t *body, size_t size) {
@@ -340,16 +348,17 @@ static void on_step(const uint8_t *body, size_t size) {
         return;
     }
     const uint32_t before = port_micros();
-    uint32_t first = 0; // layers that took no part keep still: no decay, no momentum
-    for (unsigned i = 0; i <= cut; i++) {
-        const struct stage *const stage = &segment.stages[i];
-        update(first, exit_learns(i) ? stage->parameters_end : stage->exit_parameters);
-        first = stage->parameters_end;
-    }
+    uint32_t bad = pass.bad;
+    const int taken =
+        segment.gradients ? step_take(cut, upto, pass.loss, &settings, &bad) : !pass.failed;
     compute_micros += port_micros() - before;
+    phase = IDLE; // the next Forward begins a batch, also where this one taught nothing
+    if (!taken) {
+        refuse(ERROR_NOT_FINITE, bad);
+        return;
+    }
     run(segment.backward_end, segment.step_end, &pass);
     place.steps++;
-    phase = IDLE;
     const struct message_stepped s = {.loss = pass.loss, .correct = (uint16_t)pass.correct};
     message_stepped_pack(&s, answer.fields);
     answer_fields(MESSAGE_STEPPED, MESSAGE_STEPPED_SIZE);
@@ -387,6 +396,7 @@ static void on_stats(const uint8_t *body, size_t size) {
         .bad_frames = reader.bad,
         .repeated_frames = repeated,
         .compute_micros = compute_micros,
+        .stack_used = port_stack_used(),
     };
     message_counters_pack(&c, answer.fields);
     answer_fields(MESSAGE_COUNTERS, MESSAGE_COUNTERS_SIZE);

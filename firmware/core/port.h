@@ -23,4 +23,7 @@ void port_flush(void);
 // Microseconds since some start; wraps.
 uint32_t port_micros(void);
 
+// The most bytes of stack that were in use at once since power-up; 0 where that is not known.
+uint32_t port_stack_used(void);
+
 #endif

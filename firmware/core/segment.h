@@ -5,6 +5,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct message_settings; // protocol/messages.h
+
+// Stands in front of the shard's arrays: where the board has a memory for them, the port's linker
+// script puts them there. By its name the section is one of .bss, which takes no flash.
+#ifdef SHARD_APART
+#define SEGMENT_SHARD __attribute__((section(".bss..shard")))
+#else
+#define SEGMENT_SHARD
+#endif
+
 // The values that one pass over a part of a batch needs beside the tensors.
 struct pass {
     size_t count;          // samples in this part, 1..capacity
@@ -17,6 +27,9 @@ struct pass {
     uint8_t cut;           // the stage that it ends with, the exit of which reports
     float loss;       // out, added to: cross-entropy of the exit at the cut, in the batch's mean
     uint32_t correct; // out, added to: samples that this exit classified correctly
+    const struct message_settings *settings; // what layers learn with that learn at once
+    uint8_t failed; // out: such a layer found a gradient that is not finite
+    uint32_t bad;   // out, then: the first such parameter
 };
 
 // Where a step belongs: the stage, and when it runs.
@@ -34,7 +47,7 @@ struct stage {
     uint32_t parameters_end;
     uint32_t activation_size; // elements per sample
     float *activations;       // capacity x activation_size, in the arena
-    float *gradient;          // dLoss/dActivations, the same shape, in the arena
+    float *gradient;          // dLoss/dActivations, the same shape, in the arena, or NULL
     float *logits;            // capacity x classes, in the arena
 };
 
@@ -58,7 +71,7 @@ struct segment {
     const struct stage *stages; // cuts of them, the shallowest first
     uint8_t *arena;
     float *weights;     // weight_size values, parameters first
-    float *gradients;   // parameter_size values, in the arena
+    float *gradients;   // parameter_size values in the arena; NULL: layers learn at once (fused.h)
     float *momentum;    // parameter_size values in the arena, or NULL
     float *input;       // capacity x input_size, in the arena
     uint8_t *shard;     // samples_max records of 1 + input_size bytes

@@ -11,18 +11,18 @@ void batch_norm_measure(float *mean, float *variance, const float *x, size_t cha
     const size_t size = channels * area; // of one sample
     const float share = 1.0f / (float)(n * area);
     for (size_t c = 0; c < channels; c++, x += area) {
-        float center = 0, rest = 0, spread = 0;
+        float rough = 0, rest = 0, squares = 0;
         for (size_t i = 0; i < n; i++) {
-            center += sum(x + i * size, 0, area) * share;
+            rough += sums(x + i * size, 0, x + i * size, 0, area).plain * share;
         }
-        // The mean's own rounding, large where the mean is far from 0, is summed and taken out.
+        // The mean's own rounding, large where the mean is far from 0, is summed and taken out. The
+        // variance is of distances from it, since mean(x^2) - mean(x)^2 would cancel.
         for (size_t i = 0; i < n; i++) {
-            rest += sum(x + i * size, center, area) * share;
+            const struct sums around = sums(x + i * size, rough, x + i * size, rough, area);
+            rest += around.plain * share;
+            squares += around.products * share;
         }
-        center += rest;
-        for (size_t i = 0; i < n; i++) {
-            spread += sum_squares(x + i * size, center, area) * share;
-        }
+        const float center = rough + rest, spread = squares - rest * rest;
         if (seen == 0) {
             mean[c] = center;
             variance[c] = spread;
@@ -50,44 +50,55 @@ void batch_norm_forward(float *y, const float *x, const float *w, const float *b
     }
 }
 
-// moving: whether mean and variance are those of x, so that moving x moves them too.
-static void backward(float *dx, float *dw, float *db, const float *dy, const float *x,
-                     const float *w, const float *mean, const float *variance, size_t channels,
-                     size_t area, float epsilon, size_t n, int moving) {
+// The sums of dy and of dy * normalised x over a channel, which are its parts of db and dw.
+static struct sums shift_and_scale(const float *d, const float *x, float mean, float rstd,
+                                   size_t step, size_t area, size_t n) {
+    struct sums total = {0, 0};
+    for (size_t i = 0; i < n; i++) {
+        const struct sums s = sums(d + i * step, 0, x + i * step, mean, area);
+        total.plain += s.plain;
+        total.products += s.products * rstd;
+    }
+    return total;
+}
+
+void batch_norm_backward(float *d, float *dw, float *db, const float *x, const float *w,
+                         const float *mean, const float *variance, size_t channels, size_t area,
+                         float epsilon, size_t n) {
+    const size_t size = channels * area; // of one sample
     const float share = 1.0f / (float)(n * area);
-    for (size_t c = 0; c < channels; c++) {
-        const float rstd = 1.0f / sqrtf(variance[c] + epsilon);
-        float shift = 0, scale = 0; // sums of dy and of dy * normalised x
-        for (size_t plane = c; plane < n * channels; plane += channels) {
-            shift += sum(dy + plane * area, 0, area);
-            scale += sum_products(x + plane * area, mean[c], dy + plane * area, area) * rstd;
-        }
-        db[c] += shift;
-        dw[c] += scale;
-        if (!dx) {
-            continue;
-        }
-        // The gradient then loses its part along 1 and along x.
-        const float level = moving ? shift * share : 0;
-        const float slope = moving ? scale * share * rstd : 0;
-        for (size_t plane = c; plane < n * channels; plane += channels) {
-            for (size_t i = plane * area; i < (plane + 1) * area; i++) {
-                dx[i] += w[c] * rstd * (dy[i] - level - slope * (x[i] - mean[c]));
+    for (size_t c = 0; c < channels; c++, d += area, x += area) {
+        const float center = mean[c], rstd = 1.0f / sqrtf(variance[c] + epsilon);
+        const struct sums s = shift_and_scale(d, x, center, rstd, size, area, n);
+        db[c] += s.plain;
+        dw[c] += s.products;
+        // Moving x moves mean and variance too: the gradient loses its part along 1 and along x.
+        const float gain = w[c] * rstd;
+        const float level = s.plain * share, slope = s.products * share * rstd;
+        for (size_t sample = 0; sample < n; sample++) {
+            for (size_t i = sample * size; i < sample * size + area; i++) {
+                d[i] = gain * (d[i] - level - slope * (x[i] - center));
             }
         }
     }
 }
 
-void batch_norm_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
-                         const float *w, const float *mean, const float *variance, size_t channels,
-                         size_t area, float epsilon, size_t n) {
-    backward(dx, dw, db, dy, x, w, mean, variance, channels, area, epsilon, n, 1);
-}
-
-void batch_norm_frozen_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
-                                const float *w, const float *mean, const float *variance,
-                                size_t channels, size_t area, float epsilon, size_t n) {
-    backward(dx, dw, db, dy, x, w, mean, variance, channels, area, epsilon, n, 0);
+void batch_norm_frozen_backward(float *d, float *dw, float *db, const float *x, const float *w,
+                                const float *mean, const float *variance, size_t channels,
+                                size_t area, float epsilon, size_t n) {
+    const size_t size = channels * area;
+    for (size_t c = 0; c < channels; c++, d += area, x += area) {
+        const float rstd = 1.0f / sqrtf(variance[c] + epsilon);
+        const struct sums s = shift_and_scale(d, x, mean[c], rstd, size, area, n);
+        db[c] += s.plain;
+        dw[c] += s.products;
+        const float gain = w[c] * rstd;
+        for (size_t sample = 0; sample < n; sample++) {
+            for (size_t i = sample * size; i < sample * size + area; i++) {
+                d[i] *= gain;
+            }
+        }
+    }
 }
 
 void batch_norm_follow(float *running_mean, float *running_variance, const float *mean,

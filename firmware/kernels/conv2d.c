@@ -104,7 +104,9 @@ void conv2d_backward(float *dx, float *dw, float *db, const float *dy, const flo
                 for (size_t c = 0; c < s->in_channels; c++) {
                     const size_t image = (sample * s->in_channels + c) * x_area + tap.x;
                     const size_t weight = o * filter + c * taps + k;
-                    patch_dot(&tap.patch, lanes, dw + weight, from, x + image);
+                    if (dw) {
+                        patch_dot(&tap.patch, lanes, dw + weight, from, x + image);
+                    }
                     if (dx) {
                         patch_gather(&tap.patch, lanes, dx + image, from, w + weight);
                     }

@@ -32,8 +32,8 @@ void grouped_conv2d_backward(float *dx, float *dw, float *db, const float *dy, c
         (size_t)part.out_channels * part.in_channels * s->kernel_height * s->kernel_width;
     for (size_t i = 0; i < n * groups; i++) {
         const size_t group = i % groups;
-        conv2d_backward(dx ? dx + i * x_size : NULL, dw + group * w_size,
-                        db ? db + group * part.out_channels : NULL, dy + i * y_size, x + i * x_size,
-                        w + group * w_size, &part, 1);
+        conv2d_backward(dx ? dx + i * x_size : NULL, dw ? dw + group * w_size : NULL,
+                        db ? db + group * part.out_channels : NULL, dy + i * y_size,
+                        x ? x + i * x_size : NULL, w + group * w_size, &part, 1);
     }
 }

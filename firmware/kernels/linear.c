@@ -26,14 +26,16 @@ void linear_forward(float *y, const float *x, const float *w, const float *b, si
 void linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
                      const float *w, size_t in, size_t out, size_t n) {
     const struct patch row = weight_row(in);
-    for (size_t sample = 0; sample < n; sample++, x += in, dy += out) {
+    for (size_t sample = 0; sample < n; sample++, dy += out) {
         for (size_t o = 0; db && o < out; o++) {
             db[o] += dy[o];
         }
         size_t lanes;
         for (size_t o = 0; o < out; o += lanes) {
             lanes = patch_lanes(out - o);
-            patch_spread(&row, lanes, dw + o * in, x, dy + o);
+            if (dw) {
+                patch_spread(&row, lanes, dw + o * in, x + sample * in, dy + o);
+            }
             if (dx) {
                 patch_gather(&row, lanes, dx + sample * in, w + o * in, dy + o);
             }

@@ -1,7 +1,8 @@
 // sum.h: the long sums of the norms.
 //
 // They are sums of sums over BLOCK elements: thousands may be added up, and a float loses part of
-// everything that is added to a number much larger than it.
+// everything that is added to a number much larger than it. Each is taken over four sums in turns,
+// so that no addition waits for the one before it.
 #ifndef SUM_H
 #define SUM_H
 
@@ -9,46 +10,31 @@
 
 #define BLOCK 64u
 
-static inline size_t block_stop(size_t start, size_t size) {
-    return size - start < BLOCK ? size : start + BLOCK;
-}
+struct sums {
+    float plain;    // of z - z0
+    float products; // of (z - z0) * (x - x0)
+};
 
-// The sum of x - from.
-static inline float sum(const float *x, float from, size_t size) {
-    float total = 0;
-    for (size_t i = 0; i < size;) {
-        float part = 0;
-        for (const size_t stop = block_stop(i, size); i < stop; i++) {
-            part += x[i] - from;
+static inline struct sums sums(const float *z, float z0, const float *x, float x0, size_t size) {
+    struct sums total = {0, 0};
+    while (size > 0) {
+        float plain[4] = {0}, products[4] = {0};
+        size_t left = size < BLOCK ? size : BLOCK;
+        size -= left;
+#pragma GCC unroll 1 // by more than the four
+        for (; left >= 4; left -= 4, z += 4, x += 4) {
+            for (size_t i = 0; i < 4; i++) {
+                plain[i] += z[i] - z0;
+                products[i] += (z[i] - z0) * (x[i] - x0);
+            }
         }
-        total += part;
-    }
-    return total;
-}
-
-// The sum of (x - from)^2.
-static inline float sum_squares(const float *x, float from, size_t size) {
-    float total = 0;
-    for (size_t i = 0; i < size;) {
-        float part = 0;
-        for (const size_t stop = block_stop(i, size); i < stop; i++) {
-            const float distance = x[i] - from;
-            part += distance * distance;
+#pragma GCC unroll 1
+        for (; left > 0; left--, z++, x++) {
+            plain[0] += *z - z0;
+            products[0] += (*z - z0) * (*x - x0);
         }
-        total += part;
-    }
-    return total;
-}
-
-// The sum of (x - from) * z.
-static inline float sum_products(const float *x, float from, const float *z, size_t size) {
-    float total = 0;
-    for (size_t i = 0; i < size;) {
-        float part = 0;
-        for (const size_t stop = block_stop(i, size); i < stop; i++) {
-            part += (x[i] - from) * z[i];
-        }
-        total += part;
+        total.plain += (plain[0] + plain[1]) + (plain[2] + plain[3]);
+        total.products += (products[0] + products[1]) + (products[2] + products[3]);
     }
     return total;
 }

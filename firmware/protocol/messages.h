@@ -10,7 +10,7 @@
 #include "protocol/bytes.h"
 
 // CRC-32 of the whole schema: two ends with the same number speak the same wire.
-#define MESSAGES_SCHEMA 0xB6AD4DFCu
+#define MESSAGES_SCHEMA 0x363A47EEu
 
 enum region {
     REGION_WEIGHTS = 0,
@@ -39,7 +39,13 @@ enum error {
     ERROR_NO_MOMENTUM = 10,
     ERROR_BAD_STEP = 11,
     ERROR_NO_SUCH_CUT = 12,
+    ERROR_NOT_FINITE = 13,
+    ERROR_NOT_WHOLE = 14,
+    ERROR_NO_CLIP = 15,
+    ERROR_LOCAL_ONLY = 16,
 };
+
+#define NOT_FINITE_LOSS 0xFFFFFFFFu
 
 // Hello: Opens a session (its number stands in the frame's header).
 #define MESSAGE_HELLO 0x01u
@@ -56,7 +62,7 @@ static inline void message_hello_unpack(struct message_hello *m, const uint8_t *
 
 // Settings: Hyper-parameters from now on, and what the trunk learns from.
 #define MESSAGE_SETTINGS 0x02u
-#define MESSAGE_SETTINGS_SIZE 20u
+#define MESSAGE_SETTINGS_SIZE 24u
 #define MESSAGE_SETTINGS_TAIL 0
 
 struct message_settings {
@@ -65,6 +71,7 @@ struct message_settings {
     float weight_decay;
     float exit_weight;
     float server_weight;
+    float clip;
 };
 
 static inline void message_settings_unpack(struct message_settings *m, const uint8_t *body) {
@@ -73,6 +80,7 @@ static inline void message_settings_unpack(struct message_settings *m, const uin
     m->weight_decay = bytes_get_f32(body + 8);
     m->exit_weight = bytes_get_f32(body + 12);
     m->server_weight = bytes_get_f32(body + 16);
+    m->clip = bytes_get_f32(body + 20);
 }
 
 // Data: A piece of the shard, standing in for a sensor: bytes of Region.SHARD from offset on.
@@ -273,7 +281,7 @@ static inline void message_stepped_pack(const struct message_stepped *m, uint8_t
 
 // Counters: Answer to Stats: the place of Place now, and counters since power-up.
 #define MESSAGE_COUNTERS 0x8Bu
-#define MESSAGE_COUNTERS_SIZE 32u
+#define MESSAGE_COUNTERS_SIZE 36u
 #define MESSAGE_COUNTERS_TAIL 0
 
 struct message_counters {
@@ -286,6 +294,7 @@ struct message_counters {
     uint32_t bad_frames;
     uint32_t repeated_frames;
     uint32_t compute_micros;
+    uint32_t stack_used;
 };
 
 static inline void message_counters_pack(const struct message_counters *m, uint8_t *body) {
@@ -298,6 +307,7 @@ static inline void message_counters_pack(const struct message_counters *m, uint8
     bytes_put_u32(body + 20, m->bad_frames);
     bytes_put_u32(body + 24, m->repeated_frames);
     bytes_put_u32(body + 28, m->compute_micros);
+    bytes_put_u32(body + 32, m->stack_used);
 }
 
 // Refused: The request was not carried out, and nothing changed.

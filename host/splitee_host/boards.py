@@ -14,7 +14,6 @@ import re
 import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from splitee.errors import BuildError, FitError, LinkClosed, MissingTool, SpliteeError, Timeout
+from splitee.place import Memory
 from splitee_host.link import Link, PipeLink, UdpLink
+from splitee_host.memory import Elf, measure
 
 if TYPE_CHECKING:
     from splitee import assemble
@@ -90,6 +91,8 @@ class Board:
     ram_start: int = 0  # address
     ram_bytes: int = 0
     stack_bytes: int = 0
+    shard_start: int = 0  # address of a memory for the shard alone
+    shard_bytes: int = 0  # 0: there is none, the shard is in RAM with the rest
     code_bytes: int = 0  # flash of the firmware without a segment; a test holds it to be enough
     static_bytes: int = 0  # RAM of the firmware without a segment and without stack; likewise
     prefix: str = ""  # of the compiler's name, as arm-none-eabi-
@@ -116,6 +119,7 @@ class Board:
             code=self.code_bytes,
             static=self.static_bytes,
             stack=self.stack_bytes,
+            shard=self.shard_bytes or None,
         )
         return assemble.Board(firmware=True, room=room)
 
@@ -166,8 +170,13 @@ class Firmware:
 
     elf: Path
     flash_bytes: int  # code, constants and the initial values of variables
-    ram_bytes: int  # variables, and the stack where the linker sets it aside
+    memory: Memory  # that it takes beside flash, by part
     sections: Mapping[str, int]  # bytes of every section that is loaded or kept in RAM
+
+    @property
+    def ram_bytes(self) -> int:
+        """Variables, and the stack where the linker sets it aside."""
+        return self.memory.ram
 
 
 def build(
@@ -199,6 +208,8 @@ def build(
         "RAM_START": hex(board.ram_start),
         "RAM_BYTES": str(board.ram_bytes),
         "STACK_BYTES": str(board.stack_bytes),
+        "SHARD_START": hex(board.shard_start),
+        "SHARD_BYTES": str(board.shard_bytes),
         "RECEIVE_MAX": str(board.receive_max),
         "SANITIZE": str(int(sanitize)),
         **overrides,
@@ -260,10 +271,13 @@ def _failure(board: Board, said: str) -> SpliteeError:
 
 
 def _misfit(board: Board, missing: Mapping[str, int]) -> FitError:
-    there = {"RAM": board.ram_bytes, "FLASH": board.flash_bytes}
+    there = {
+        "RAM": ("RAM", board.ram_bytes),
+        "FLASH": ("flash", board.flash_bytes),
+        "SHARD": ("memory for its shard", board.shard_bytes),
+    }
     listed = " and ".join(
-        f"{size:,} bytes more {'RAM' if region == 'RAM' else 'flash'} than the "
-        f"{there[region]:,} there are"
+        f"{size:,} bytes more {there[region][0]} than the {there[region][1]:,} there are"
         for region, size in missing.items()
     )
     return FitError(
@@ -273,28 +287,10 @@ def _misfit(board: Board, missing: Mapping[str, int]) -> FitError:
 
 
 def read_elf(path: Path) -> Firmware:
-    """The sizes of a firmware, from the section headers of its ELF file (System V ABI, ch. 4)."""
-    content = path.read_bytes()
-    # sh_name, sh_type, sh_flags, sh_addr, sh_offset, sh_size; e_shoff, then e_shentsize,
-    # e_shnum, e_shstrndx
-    if content[4] == 1:  # 32 bits
-        header, (table,) = struct.Struct("<6I"), struct.unpack_from("<I", content, 0x20)
-        entry, count, names = struct.unpack_from("<3H", content, 0x2E)
-    else:
-        header, (table,) = struct.Struct("<2I4Q"), struct.unpack_from("<Q", content, 0x28)
-        entry, count, names = struct.unpack_from("<3H", content, 0x3A)
-    headers = [header.unpack_from(content, table + i * entry) for i in range(count)]
-    names_at = headers[names][4]
-    nobits, write, alloc = 8, 0x1, 0x2
-    sections: dict[str, int] = {}
-    flash = ram = 0
-    for name, kind, flags, _, _, size in headers:
-        if flags & alloc:
-            start = names_at + name
-            sections[content[start : content.index(b"\0", start)].decode()] = size
-            flash += size if kind != nobits else 0
-            ram += size if flags & write else 0
-    return Firmware(path, flash, ram, MappingProxyType(sections))
+    """A firmware's sizes, from its ELF file."""
+    elf = Elf(path)
+    flash = sum(s.size for s in elf.sections if s.flashed)
+    return Firmware(path, flash, measure(elf), elf.kept())
 
 
 # ---- starting ----

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,11 +15,14 @@ import typer
 # torch, rich and matplotlib take seconds to import: each command imports what it needs
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from splitee.assemble import Assembly
     from splitee.fleet import Fleet
     from splitee.model import Cut
+    from splitee.runs import ClientSummary
     from splitee_host.launch import Launched
+    from splitee_host.memory import Usage
 
 app = typer.Typer(
     help="Train one neural network on microcontrollers, edge computers and GPUs together.",
@@ -85,6 +89,7 @@ def boards(as_json: Json = False) -> None:
                 "core": b.core,
                 "link": b.link,
                 "ram_bytes": b.ram_bytes,
+                "shard_bytes": b.shard_bytes,
                 "flash_bytes": b.flash_bytes,
                 "status": b.status,
             }
@@ -100,7 +105,9 @@ def boards(as_json: Json = False) -> None:
     table.add_column("what it is, and how far it was run")
     for b in known:
         table.add_row(
-            b.name, b.tier, b.core, b.link, _size(b.ram_bytes), _size(b.flash_bytes),
+            b.name, b.tier, b.core, b.link,
+            _size(b.ram_bytes) + (f" + {_size(b.shard_bytes)}" if b.shard_bytes else ""),
+            _size(b.flash_bytes),
             f"{b.title}: {b.status}",
         )  # fmt: skip
     _console().print(table)
@@ -119,6 +126,7 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
 
     from splitee.errors import FitError
     from splitee.fleet import read
+    from splitee.place import effects
 
     assembly = _assembly(read(fleet_file))
     console = _console()
@@ -140,8 +148,12 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
                     "number": cut.number,
                     "parameters": single[i].graph.parameter_size,
                     "arena_bytes": build.arena_bytes,
+                    "arena_lower_bound": build.plan.lower_bound,
                     "ram_bytes": build.ram_bytes(room) if room else None,
                     "flash_bytes": build.flash_bytes(room) if room else None,
+                    "shard_bytes": build.shard_bytes,
+                    "samples": build.samples_max,
+                    "samples_that_fit": build.samples_that_fit(room) if room else None,
                     "every_cut_arena_bytes": every[i].arena_bytes - single[i].arena_bytes,
                     "every_cut_flash_bytes": (
                         every[i].flash_bytes(room) - single[i].flash_bytes(room) if room else None
@@ -154,6 +166,9 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
                     "chosen": chosen is not None and cut == chosen[0],
                 }
             )
+        deepest = assembly.cuts.index(chosen[1]) if chosen else 0
+        pulled = effects((every if moves else single)[deepest])
+        levers = [asdict(e) for e in pulled] if assembly.boards[client.name].firmware else []
         clients.append(
             {
                 "client": client.name,
@@ -161,6 +176,7 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
                 "capacity": assembly.capacity(client),
                 "deepest": chosen[1].name if chosen and moves else None,
                 "cuts": rows,
+                "levers": levers,
             }
         )
     if as_json:
@@ -169,37 +185,65 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
         title = f"{entry['client']} on {entry['board']}, {entry['capacity']} samples at once"
         if entry["deepest"]:
             title += f", built with every cut up to {entry['deepest']}"
-        table = Table(title=title, title_justify="left")
-        table.add_column("cut")
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+        table.add_column("\n  cut", no_wrap=True)
         for name in (
-            "parameters", "arena", "RAM", "flash", "every cut:\narena", "every cut:\nflash",
-            "MACs forward", "MACs backward", "bytes up a sample",
+            "para-\nmeters", "arena\nbytes", "lower\nbound", "RAM\nbytes", "flash\nbytes",
+            "samples\nthat fit", "every\n+arena", "cut\n+flash", "MACs\nforward",
+            "MACs\nbackward", "bytes up\na sample",
         ):  # fmt: skip
-            table.add_column(name, justify="right")
-        table.add_column("fits")
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("\nfits", no_wrap=True)
         for row in entry["cuts"]:
             table.add_row(
-                f"{row['number']} {row['cut']}{'  <- chosen' if row['chosen'] else ''}",
+                f"{'>' if row['chosen'] else ' '} {row['number']} {row['cut']}",
                 f"{row['parameters']:,}",
                 f"{row['arena_bytes']:,}",
+                f"{row['arena_lower_bound']:,}",
                 f"{row['ram_bytes']:,}" if row["ram_bytes"] else "-",
                 f"{row['flash_bytes']:,}" if row["flash_bytes"] else "-",
+                f"{row['samples_that_fit']:,}" if row["flash_bytes"] else "-",
                 f"{row['every_cut_arena_bytes']:+,}",
                 f"{row['every_cut_flash_bytes']:+,}" if row["flash_bytes"] else "-",
                 f"{row['macs_forward']:,}",
                 f"{row['macs_backward']:,}",
                 f"{row['bytes_up_per_sample']:,}",
-                "yes" if row["fits"] else f"no: {row['why']}",
+                "yes" if row["fits"] else "no",
                 style="bold" if row["chosen"] else "",
             )
         console.print(table)
+        if entry["levers"]:
+            console.print(_lever_table(entry))
+        for row in entry["cuts"]:
+            if row["why"]:
+                console.print(f"{row['number']} {row['cut']} {row['why']}", highlight=False)
+        console.print()
     if not as_json:
         console.print(
+            "> the cut that is taken; samples that fit: the most that its shard could have there\n"
             "every cut: what is added where all cuts up to that one are built in (deepest = ...)",
             highlight=False,
         )
     for client in assembly.fleet.client:
         assembly.member(client.name)  # raises what keeps the fleet from training
+
+
+def _lever_table(entry: dict[str, Any]) -> Table:
+    """What each lever does to the arena, beside that of the client's cut."""
+    from rich.table import Table
+
+    chosen = [row for row in entry["cuts"] if row["cut"] == entry["deepest"] or row["chosen"]]
+    arena = (chosen or entry["cuts"])[-1]["arena_bytes"]
+    table = Table(title="its levers", title_justify="left", box=None)
+    for name in ("setting", "is", "could be", "arena then", "change", "price of saving"):
+        table.add_column(name, justify="right" if name in ("arena then", "change") else "left")
+    for e in entry["levers"]:
+        change = e["arena_bytes"] - arena
+        table.add_row(
+            e["setting"], e["now"], e["other"], f"{e['arena_bytes']:,}", f"{change:+,}", e["price"],
+            style="" if change < 0 else "dim",
+        )  # fmt: skip
+    return table
 
 
 @app.command()
@@ -213,13 +257,15 @@ def build(
     from splitee.fleet import read
     from splitee_exporters.c import to_c
     from splitee_host.boards import load_boards
-    from splitee_host.launch import build_firmware
+    from splitee_host.launch import build_firmware, usage
+    from splitee_host.screen import memory_table
 
     assembly = _assembly(read(fleet_file))
     names = [c.name for c in assembly.fleet.client]
     if client is not None and client not in names:
         raise FleetError(f'{fleet_file}: no client "{client}": there are {", ".join(names)}')
     known = load_boards()
+    usages = []
     for table in assembly.fleet.client:
         board = known[table.board]
         if client not in (None, table.name) or not board.firmware:
@@ -229,6 +275,9 @@ def build(
             f"{table.name}: {firmware.elf}: {firmware.flash_bytes:,} bytes of flash, "
             f"{firmware.ram_bytes:,} of RAM"
         )
+        usages.append(usage(table.name, board, firmware))
+    if usages:
+        _console().print(memory_table(usages))
 
 
 @app.command()
@@ -244,7 +293,7 @@ def train(
     from splitee.runs import Run
     from splitee_exporters.c import to_c
     from splitee_host.launch import Launcher
-    from splitee_host.screen import final_table
+    from splitee_host.screen import final_table, memory_table
 
     torch.set_num_threads(1)  # sums in one order: a second run is bit-identical
     began = time.perf_counter()
@@ -256,10 +305,12 @@ def train(
     with Launcher(assembly, fleet_file, to_c, BUILD, say) as launcher:
         launched = [launcher.launch(member) for member in assembly.members]
         run.begin(fleet_file.read_text(encoding="utf-8"))
-        summaries = _train(console, assembly, run, launched)
+        summaries, usages = _train(console, assembly, run, launched)
     done = len({r["round"] for r in run.metrics() if r["event"] == "RoundDone"})
     run.finish(time.perf_counter() - began, done, summaries)
     console.print(final_table(summaries))
+    if usages:
+        console.print(memory_table(usages))
     console.print(
         f"{done} rounds in {time.perf_counter() - began:.0f} s; curves, metrics and "
         f"checkpoint in {run.folder}/",
@@ -269,8 +320,10 @@ def train(
         raise LinkError("every client was lost; the table shows what was kept of each")
 
 
-def _train(console: Console, assembly: Assembly, run: Any, launched: list[Launched]) -> list[Any]:
-    """All rounds, then the test; a summary for each client."""
+def _train(
+    console: Console, assembly: Assembly, run: Any, launched: list[Launched]
+) -> tuple[list[ClientSummary], list[Usage]]:
+    """All rounds, then the test; a summary for each client, and the memory of its firmware."""
     from splitee.errors import LinkError
     from splitee.runs import ClientSummary
     from splitee.train import BatchDone, ClientDone, ClientLost, RoundDone, evaluate, fit
@@ -300,12 +353,14 @@ def _train(console: Console, assembly: Assembly, run: Any, launched: list[Launch
                     run.save(event.round, event.states, strategy.servers())
     console.print("testing: every client answers the test images itself", highlight=False)
     summaries = []
+    usages = []
     for entry in launched:
-        member, client = entry.member, entry.client
+        member, client, usage = entry.member, entry.client, entry.memory
         up = client.traffic.activations_up / max(1, sent[member.name])
         if member.name not in lost:
             try:
                 answers = evaluate(client, strategy.server(member.name), assembly.dataset.test)
+                usage = entry.usage()
             except LinkError as error:
                 lost[member.name] = str(error)
         if member.name in lost:
@@ -328,9 +383,12 @@ def _train(console: Console, assembly: Assembly, run: Any, launched: list[Launch
                 exit_accuracy=answers.exit_accuracy,
                 server_accuracy=answers.server_accuracy,
                 lost=lost.get(member.name),
+                memory=usage.figures() if usage else None,
             )
         )
-    return summaries
+        if usage:
+            usages.append(usage)
+    return summaries, usages
 
 
 @app.command("eval")
@@ -402,6 +460,12 @@ def verify(
     gradient: Annotated[
         Literal["local", "server", "both"], typer.Option(help="What its trunk learns from.")
     ] = "both",
+    clip: Annotated[
+        float, typer.Option(min=0, help="Largest norm of the gradients; 0: any.")
+    ] = 0.0,
+    relu_bits: Annotated[bool, typer.Option("--relu-bits", help="With this lever.")] = False,
+    float16: Annotated[bool, typer.Option("--float16", help="With this lever.")] = False,
+    recompute: Annotated[float, typer.Option(min=0, max=10, help="With this lever.")] = 0.0,
     rows: Annotated[int, typer.Option(min=0, help="Tensors shown, the worst first.")] = 12,
     as_json: Json = False,
 ) -> None:
@@ -413,7 +477,8 @@ def verify(
     from splitee_exporters.c import to_c
     from splitee_host.device import Device
     from splitee_host.launch import Launcher
-    from splitee_host.verify import TOLERANCE, compare
+    from splitee_host.screen import memory_table
+    from splitee_host.verify import compare, tolerance
 
     count = 5  # less than the capacity, and odd: loops end in the middle of their blocks
     fleet = Fleet.model_validate(
@@ -422,10 +487,25 @@ def verify(
             "gradient": gradient,
             "exit_weight": 0.3,
             "exits": "upto",
-            "optimizer": {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+            "optimizer": {
+                "learning_rate": 0.1,
+                "momentum": 0.9,
+                "weight_decay": 0.01,
+                "clip": clip or None,
+            },
             "model": {"name": "resnet8", "width": width, "norm": "group"},
             "data": {"samples": count},
-            "client": [{"name": "verify", "board": board, "link": port, "cut": cut}],
+            "client": [
+                {
+                    "name": "verify",
+                    "board": board,
+                    "link": port,
+                    "cut": cut,
+                    "relu_bits": relu_bits,
+                    "float16": float16,
+                    "recompute": recompute,
+                }
+            ],
         }
     )
     assembly = _assembly(fleet)
@@ -433,16 +513,18 @@ def verify(
         raise FleetError(f"{board} runs no firmware: there is nothing to verify on it")
     (member,) = assembly.members
     with Launcher(assembly, Path(), to_c, BUILD, lambda text: None) as launcher:
-        device = launcher.launch(member).client
+        launched = launcher.launch(member)
+        device = launched.client
         assert isinstance(device, Device)
         found = compare(device, member.segment, member.images, fleet.settings, count, member.seed)
-    bad = [d for d in found if not d.good]
+        usage = launched.usage()
+    bad, bar = [d for d in found if not d.good], tolerance(member.build)
     where = f"resnet8 of width {width} up to {member.cut.name} on {board}"
     if as_json:
         tensors = [{"tensor": d.tensor, "error": d.error, "good": d.good} for d in found]
-        typer.echo(
-            json.dumps({"board": board, "cut": member.cut.name, "tensors": tensors}, indent=2)
-        )
+        memory = usage.figures() if usage else None
+        answer = {"board": board, "cut": member.cut.name, "memory": memory, "tensors": tensors}
+        typer.echo(json.dumps(answer, indent=2))
     else:
         typer.echo(f"{where}, the worst first")
         table = Table(box=None)
@@ -451,9 +533,9 @@ def verify(
         for d in found[:rows]:
             table.add_row(d.tensor, f"{d.error:.1e}", style="" if d.good else "red")
         _console().print(table)
-        typer.echo(
-            f"{len(found) - len(bad)} of {len(found)} tensors within {TOLERANCE:g} of PyTorch"
-        )
+        typer.echo(f"{len(found) - len(bad)} of {len(found)} tensors within {bar:g} of PyTorch")
+        if usage:
+            _console().print(memory_table([usage]))
     if bad:
         raise typer.Exit(1)
 

@@ -10,18 +10,19 @@ import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from splitee.arena import Variant
 from splitee.client import Part, Place, Settings, State, Stepped, Traffic
 from splitee.data import Images
-from splitee.errors import DeviceRefused, LinkClosed, Mismatch, Timeout
+from splitee.errors import DeviceRefused, LinkClosed, Mismatch, NotFinite, Timeout
 from splitee.ops import Array
 from splitee.place import Build
+from splitee.steps import Variant
 from splitee_host.errors import refusal
 from splitee_host.link import Link
 from splitee_host.wire import messages as m
@@ -76,6 +77,7 @@ class Device:
         self._reader = FrameReader()
         self._close = close
         self._receive_max = self._send_max = 0
+        self._last = State({}, {}, Place(0, 0))  # what to go back to: the last state on both sides
 
     # requests
 
@@ -83,7 +85,7 @@ class Device:
         """Sends a request and returns its answer.
 
         Raises DeviceRefused when the device refuses, Timeout when it does not answer, LinkClosed
-        when it is gone, Mismatch when its answer is none of ours.
+        when it is gone, Mismatch when its answer is none of ours; NotFinite when it took no step.
         """
         self._sequence = (self._sequence + 1) & 0xFFFF
         frame = encode(Frame(message.CODE, self._session, self._sequence, message.pack()))
@@ -133,12 +135,22 @@ class Device:
             if isinstance(answer, expected):
                 return answer
             if isinstance(answer, m.Refused):
+                if answer.error == m.Error.NOT_FINITE:
+                    raise self._not_finite(answer.detail)
                 raise DeviceRefused(f"{what}: {refusal(asked, answer)}")
             strange = type(answer).__name__
         raise Mismatch(
             f"{what} answered {type(asked).__name__} with something else ({strange}): "
             "its firmware is not ours; run `splitee build`"
         )
+
+    def _not_finite(self, detail: int) -> NotFinite:
+        owner, graph = f'client "{self.name}"', self.build.graph
+        fused = self.build.levers.fused_update
+        if detail == m.NOT_FINITE_LOSS:
+            return NotFinite(owner, taken_back=fused)
+        name = graph.parameter_at(detail)
+        return NotFinite(owner, name, detail - graph.places[name], taken_back=fused)
 
     def hello(self) -> m.Welcome:
         """Opens the session.
@@ -211,10 +223,15 @@ class Device:
 
     def _send_settings(self) -> None:
         s = self._settings
-        self.request(
-            m.Settings(s.learning_rate, s.momentum, s.weight_decay, s.exit_weight, s.server_weight),
-            m.Done,
+        message = m.Settings(
+            s.learning_rate, s.momentum, s.weight_decay, s.exit_weight, s.server_weight, s.clip
         )
+        self.request(message, m.Done)
+
+    def set_rate(self, rate: float) -> None:
+        """Learns at this rate from the next step on; what it knows already is not sent."""
+        if rate != self._settings.learning_rate:
+            self.settings = replace(self._settings, learning_rate=rate)
 
     def move(self, cut: str, *, upto: bool) -> None:
         """Ends at another cut, without new firmware; see ``splitee.client.Client.move``.
@@ -252,6 +269,7 @@ class Device:
 
     def load_state(self, state: State) -> None:
         """Replaces weights, momentum and place."""
+        self._last = state
         p = state.place
         self.request(m.Place(p.samples, p.position, p.seed, p.epoch, p.steps), m.Done)
         self.load_weights(state.weights)
@@ -261,6 +279,7 @@ class Device:
 
     def load_weights(self, weights: Mapping[str, Array]) -> None:
         """Replaces parameters and statistics."""
+        self._last = replace(self._last, weights=weights)
         self._write_vector(m.Region.WEIGHTS, self.graph.weights, self.graph.flatten(weights))
 
     def state(self) -> State:
@@ -272,7 +291,9 @@ class Device:
             vector = self._vector(m.Region.MOMENTUM, graph.parameters)
             momentum = graph.unflatten_parameters(vector)
         c = self.counters()
-        return State(weights, momentum, Place(c.samples, c.seed, c.epoch, c.position, c.steps))
+        place = Place(c.samples, c.seed, c.epoch, c.position, c.steps)
+        self._last = State(weights, momentum, place)
+        return self._last
 
     def counters(self) -> m.Counters:
         """The device's counters."""
@@ -299,8 +320,13 @@ class Device:
         self.request(m.Backward(), m.Done)
 
     def step(self) -> Stepped:
-        """Updates its weights."""
-        stepped = self.request(m.Step(), m.Stepped)
+        """Updates its weights; see ``splitee.client.Client.step``."""
+        try:
+            stepped = self.request(m.Step(), m.Stepped)
+        except NotFinite:
+            if self.build.levers.fused_update:  # some layers have learnt from this batch already
+                self.load_state(self._last)
+            raise
         return Stepped(stepped.loss, stepped.correct)
 
     def infer(self, images: Array) -> tuple[Tensor, Tensor]:

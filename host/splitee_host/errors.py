@@ -1,4 +1,7 @@
-"""The words for what devices refuse: a device sends numbers, the host owns the words."""
+"""The words for what devices refuse: a device sends numbers, the host owns the words.
+
+A step that was not taken is the training's business, not the link's: ``splitee.errors.NotFinite``.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ _WORDS: dict[int, str] = {
     m.Error.BAD_LABEL: "a sample has the label {detail}, which the network has no class for",
     m.Error.NO_MOMENTUM: "it was built without momentum: run `splitee build` with momentum > 0",
     m.Error.BAD_STEP: "its segment has {detail} steps",
+    m.Error.NOT_WHOLE: "its updates are fused: a batch is one part of at most {detail} samples",
+    m.Error.NO_CLIP: "its updates are fused: it cannot clip; take no clip, or fused_update = false",
+    m.Error.LOCAL_ONLY: "it was built with local_only: it has no room for the server's gradient",
     m.Error.NO_SUCH_CUT: "its segment has {detail} cuts: run `splitee build`",
 }
 

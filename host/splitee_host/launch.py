@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,13 +14,12 @@ import torch
 from splitee.assemble import Assembly, Member
 from splitee.client import Client
 from splitee.errors import BuildError, FleetError, LinkError, MissingTool
-from splitee.place import Build
+from splitee.place import SAMPLES_MAX, Build
 from splitee_host import boards
 from splitee_host.boards import Board, Firmware
 from splitee_host.device import Device
 from splitee_host.link import Link, open_link
-
-SHARD_MAX = 0xFFFF  # samples: places in the data order are 16-bit numbers on the wire
+from splitee_host.memory import Usage
 
 WriteSegment = Callable[[Build], str]  # the exporter of segment.c
 
@@ -35,16 +34,31 @@ class Launched:
     board: str
     link: str
     flash_bytes: int
+    memory: Usage | None = None  # of firmware that was built here, before it ran
+
+    def usage(self) -> Usage | None:
+        """The same with the stack that it has used so far. Raises LinkError when it is lost."""
+        if self.memory is None:
+            return None
+        assert isinstance(self.client, Device)
+        return replace(self.memory, stack_used=self.client.counters().stack_used or None)
+
+
+def firmware_folder(member_build: Build, board: Board, root: Path) -> Path:
+    """Where a firmware is built; named by board and segment, so that the same is built once."""
+    return root / f"{board.name}-{member_build.checksum:08x}"
+
+
+def usage(client: str, board: Board, firmware: Firmware) -> Usage:
+    """What a client's firmware takes of its board's memory, before it runs."""
+    return Usage(client, board.name, firmware.memory, board.ram_bytes, board.shard_bytes)
 
 
 def build_firmware(
     member_build: Build, board: Board, write_segment: WriteSegment, root: Path
 ) -> Firmware:
-    """Writes a segment and builds the firmware around it, in a folder of its own under root.
-
-    The folder is named by board and segment, so that the same segment is built once.
-    """
-    folder = root / f"{board.name}-{member_build.checksum:08x}"
+    """Writes a segment and builds the firmware around it, in a folder of its own under root."""
+    folder = firmware_folder(member_build, board, root)
     source = folder / "segment.c"
     text = write_segment(member_build)
     try:
@@ -109,12 +123,14 @@ class Launcher:
         client = self._assembly.local(member, device)
         return Launched(client, member, board.tier, device, "memory", 0)
 
-    def _device(self, member: Member, board: Board, link: Link, flash: int) -> Launched:
+    def _device(
+        self, member: Member, board: Board, link: Link, firmware: Firmware | None = None
+    ) -> Launched:
         fleet = self._assembly.fleet
-        if len(member.images) > SHARD_MAX:
+        if len(member.images) > SAMPLES_MAX:
             raise FleetError(
                 f'client "{member.name}": its share is {len(member.images):,} samples and a device '
-                f"counts to {SHARD_MAX:,}: lower its share or add clients"
+                f"counts to {SAMPLES_MAX:,}: lower its share or add clients"
             )
         device = Device(
             member.name,
@@ -126,18 +142,24 @@ class Launcher:
             patience=fleet.rejoin_within,
         )
         self._ends.callback(device.close)
-        return Launched(device, member, board.tier, board.name, device.link.name, flash)
+        launched = Launched(device, member, board.tier, board.name, device.link.name, 0)
+        if firmware is None:
+            return launched
+        memory = usage(member.name, board, firmware)
+        return replace(launched, flash_bytes=firmware.flash_bytes, memory=memory)
 
     def _attached(self, member: Member, board: Board) -> Launched:
         """A device that runs already, at the address that the fleet file gives."""
         assert member.table.link is not None
-        return self._device(member, board, open_link(member.table.link), 0)
+        elf = firmware_folder(member.build, board, self._root) / "device.elf"
+        firmware = boards.read_elf(elf) if board.firmware and elf.exists() else None
+        return self._device(member, board, open_link(member.table.link), firmware)
 
     def _process(self, member: Member, board: Board) -> Launched:
         """A `splitee client` of our own."""
         self._say(f"{member.name}: starting a Python process")
         link = self._ends.enter_context(python_client(self._fleet_file, member.name))
-        return self._device(member, board, link, 0)
+        return self._device(member, board, link)
 
     def _firmware(self, member: Member, board: Board) -> Launched:
         built = ", ".join(stage.cut for stage in member.build.stages)
@@ -151,7 +173,7 @@ class Launcher:
             # an emulated board runs the same C as the process does: the fleet is still whole
             self._say(f"{member.name}: {missing}; running the same firmware as a process instead")
             return self._firmware(member, self._known["posix"])
-        return self._device(member, board, running.link, firmware.flash_bytes)
+        return self._device(member, board, running.link, firmware)
 
 
 def torch_device() -> str:

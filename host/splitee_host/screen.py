@@ -18,6 +18,7 @@ from splitee.client import Client
 from splitee.place import kib
 from splitee.runs import ClientSummary
 from splitee.train import BatchDone, ClientDone, ClientLost, Event, RoundDone
+from splitee_host.memory import Usage
 
 
 @dataclass
@@ -142,5 +143,28 @@ def final_table(clients: Sequence[ClientSummary]) -> Table:
             f"{100 * c.exit_accuracy:.1f} %",
             f"{100 * c.server_accuracy:.1f} %",
             style="dim" if c.lost else "",
+        )
+    return table
+
+
+def memory_table(usages: Sequence[Usage]) -> Table:
+    """What firmware takes of its board's memory, a line per client; figures() has all of it."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("memory,\nbytes", "\nboard"):
+        table.add_column(name, overflow="fold")
+    for name in ("static", "weights", "arena", "stack used", "shard", "all in RAM"):
+        table.add_column(f"\n{name}", justify="right", no_wrap=True)
+    for usage in usages:
+        memory = usage.memory
+        used = "?" if usage.stack_used is None else f"{usage.stack_used:,}"
+        table.add_row(
+            usage.client,
+            usage.board,
+            f"{memory.static + memory.labels:,}",
+            f"{memory.weights:,}",
+            f"{memory.arena:,}",
+            f"{used} of {memory.stack:,}" if memory.stack else "-",
+            f"apart: {memory.shard:,}" if memory.apart else f"{memory.shard:,}",
+            f"{memory.ram:,}" + (f" of {usage.ram_bytes:,}" if usage.ram_bytes else ""),
         )
     return table

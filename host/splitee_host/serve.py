@@ -16,7 +16,7 @@ from torch import Tensor
 
 from splitee.client import LocalClient, Part, Place, Settings, State
 from splitee.data import Images
-from splitee.errors import LinkClosed
+from splitee.errors import LinkClosed, NotFinite
 from splitee.place import Build
 from splitee_host.link import Link
 from splitee_host.wire import messages as m
@@ -161,13 +161,14 @@ class _Server:
         if s.momentum and not self._build.momentum:
             raise _Refusal(m.Error.NO_MOMENTUM)
         self._client.settings = Settings(
-            s.learning_rate, s.momentum, s.weight_decay, s.exit_weight, s.server_weight
+            s.learning_rate, s.momentum, s.weight_decay, s.exit_weight, s.server_weight, s.clip
         )
 
     def _on_place(self, place: Place) -> None:
         if place.samples > self._build.samples_max or place.position > place.samples:
             raise _Refusal(m.Error.TOO_MANY_SAMPLES, self._build.samples_max)
         self._phase = 0
+        self._client.discard()
         size = self._build.record_size
         held = np.frombuffer(self._shard, np.uint8)[: place.samples * size].reshape(-1, size)
         shape = self._build.graph.input_shape
@@ -222,8 +223,14 @@ class _Server:
     def _step(self) -> m.Stepped:
         if self._phase != 2:
             raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
-        stepped = self._client.step()
         self._phase = 0
+        try:
+            stepped = self._client.step()
+        except NotFinite as error:
+            detail = m.NOT_FINITE_LOSS
+            if error.tensor:
+                detail = self._build.graph.places[error.tensor] + error.place
+            raise _Refusal(m.Error.NOT_FINITE, detail) from error
         return m.Stepped(stepped.loss, stepped.correct)
 
     def _settle(self) -> None:
@@ -295,7 +302,7 @@ class _Server:
         micros = int(self._compute_seconds * 1e6) & 0xFFFFFFFF
         return m.Counters(
             p.samples, p.position, p.seed, p.epoch, p.steps, self._frames, self._bad,
-            self._repeated, micros,
+            self._repeated, micros, 0,
         )  # fmt: skip
 
 

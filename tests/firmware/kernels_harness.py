@@ -62,14 +62,16 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def call(self, name: str, *arguments: NDArray[Any] | Window | int | float | None) -> None:
+    def call(
+        self, name: str, *arguments: NDArray[Any] | ctypes.Structure | int | float | None
+    ) -> None:
         """Calls a kernel: int is size_t, None is NULL, arrays are guarded and changed in place."""
         converted: list[Any] = []
         for argument in arguments:
             if isinstance(argument, np.ndarray):
                 assert argument.flags.c_contiguous
                 converted.append(ctypes.c_void_p(argument.ctypes.data))
-            elif isinstance(argument, Window):
+            elif isinstance(argument, ctypes.Structure):
                 converted.append(ctypes.byref(argument))
             elif isinstance(argument, float):
                 converted.append(ctypes.c_float(argument))

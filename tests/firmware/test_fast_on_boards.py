@@ -25,20 +25,20 @@ BOARDS = {
 }
 PATIENCE = 120.0  # seconds without a word; no test waits that long when all is well
 
-BuildCheck = Callable[[Board, str], boards.Firmware]
+BuildCheck = Callable[..., boards.Firmware]
 
 
 @pytest.fixture
 def check(tmp_path: Path) -> BuildCheck:
-    """Builds the program with the kernels of the firmware's tree, at a level of optimization."""
+    """Builds a program with the kernels of the firmware's tree, at a level of optimization."""
 
-    def check(board: Board, optimize: str) -> boards.Firmware:
+    def check(board: Board, optimize: str, program: Path = PROGRAM) -> boards.Firmware:
         for tool in (f"{board.prefix}gcc", "qemu-system-arm"):
             if shutil.which(tool) is None:
                 pytest.skip(f"{tool} is not installed")
         root = boards.firmware_root()
         sources = " ".join(str(path.relative_to(root)) for path in root.glob("kernels/**/*.c"))
-        shutil.copy(PROGRAM, tmp_path / "segment.c")
+        shutil.copy(program, tmp_path / "segment.c")
         overrides = {"PROGRAM": sources, "OPTIMIZE": optimize}
         return boards.build(board, tmp_path, tmp_path, overrides=overrides)
 

@@ -169,107 +169,100 @@ def test_linear_does_without_bias_and_dx(kernels: Kernels) -> None:
 # ---- elementwise ----
 
 
-def relu(kernels: Kernels) -> Pairs:
+RELUS = ("relu", "relu6")
+SIZES = (1, 7, 8, 9, 37, 64)  # a byte has the bits of eight elements
+
+
+def relu(
+    kernels: Kernels, kernel: str = "relu", size: int = 37, *, bits: bool, over: bool = False
+) -> Pairs:
+    """Both passes; bits: backward from bits instead of y; over: forward writes over its input."""
     generator = rng()
-    x, y = randoms(generator, 37), unassigned(37)
-    kernels.call("relu_forward", y, x, 37)
-    dy, dx = randoms(generator, 37), randoms(generator, 37)
-    wx = leaf(x, dx)
-    kernels.call("relu_backward", dx, dy, y, 37)
+    x = guarded(4 * generator.standard_normal(size, np.float32))
+    x[:3] = [6.0, 0.0, -0.0][:size]
+    wx = wide(x).requires_grad_()
+    y = x if over else unassigned(size)
+    packed = guarded(np.full((size + 7) // 8, 0xFF, np.uint8))
+    d = randoms(generator, size)
+    dy = wide(d)
+    if bits:
+        kernels.call(f"{kernel}_forward_bits", y, packed, x, size)
+        kernels.call("relu_backward_bits", d, packed, size)
+    else:
+        kernels.call(f"{kernel}_forward", y, x, size)
+        kernels.call(f"{kernel}_backward", d, y, size)
 
-    wy = torch.relu(wx)
-    torch.autograd.backward(wy, wide(dy))
-    return {"y": (y, narrow(wy)), "dx": (dx, narrow(wx.grad))}
+    wy = getattr(torch.nn.functional, kernel)(wx)
+    (wd,) = torch.autograd.grad(wy, wx, dy)
+    pairs: Pairs = {"y": (y, narrow(wy)), "d": (d, narrow(wd))}
+    if bits:
+        passes = wd == dy
+        pairs["bits"] = packed.astype(int), np.packbits(narrow(passes), bitorder="little")
+    return pairs
 
 
-@pytest.mark.parametrize("tensor", ["y", "dx"])
-def test_relu_agrees_with_pytorch(kernels: Kernels, tensor: str) -> None:
-    assert agrees(relu(kernels), tensor)
+@pytest.mark.parametrize("over", [False, True], ids=["apart", "in place"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kernel", RELUS)
+@pytest.mark.parametrize(
+    ("bits", "tensor"), [(False, "y"), (False, "d"), (True, "y"), (True, "bits"), (True, "d")]
+)
+def test_relu_agrees_with_pytorch(
+    kernels: Kernels, kernel: str, size: int, over: bool, bits: bool, tensor: str
+) -> None:
+    ours, theirs = relu(kernels, kernel, size, bits=bits, over=over)[tensor]
+    np.testing.assert_array_equal(ours, theirs)  # nothing is rounded
 
 
-def test_relu_passes_no_gradient_at_zero(kernels: Kernels) -> None:
-    y, dy, dx = (guarded(np.array([value], np.float32)) for value in (0, 3, 5))
-    kernels.call("relu_backward", dx, dy, y, 1)
-    assert dx[0] == 5
+@pytest.mark.parametrize("kernel", RELUS)
+def test_relu_stops_a_gradient_that_is_not_a_number(kernels: Kernels, kernel: str) -> None:
+    d = guarded(np.array([np.nan, -np.inf, 3], np.float32))
+    y = guarded(np.array([0, 0, 1], np.float32))
+    kernels.call(f"{kernel}_backward", d, y, 3)
+    np.testing.assert_array_equal(d, [0, 0, 3])
 
 
-def relu6(kernels: Kernels) -> Pairs:
+def test_bits_stop_a_gradient_that_is_not_a_number(kernels: Kernels) -> None:
+    d = guarded(np.array([np.nan, -np.inf, 3], np.float32))
+    kernels.call("relu_backward_bits", d, guarded(np.array([0b100], np.uint8)), 3)
+    np.testing.assert_array_equal(d, [0, 0, 3])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("place", ["apart", "over a", "over b"])
+def test_add_agrees_with_pytorch(kernels: Kernels, place: str, size: int) -> None:
     generator = rng()
-    x, y = guarded(4 * generator.standard_normal(37, np.float32)), unassigned(37)
-    kernels.call("relu6_forward", y, x, 37)
-    dy, dx = randoms(generator, 37), randoms(generator, 37)
-    wx = leaf(x, dx)
-    kernels.call("relu6_backward", dx, dy, y, 37)
-
-    wy = torch.nn.functional.relu6(wx)
-    torch.autograd.backward(wy, wide(dy))
-    return {"y": (y, narrow(wy)), "dx": (dx, narrow(wx.grad))}
+    a, b, y = randoms(generator, size), randoms(generator, size), unassigned(size)
+    expected = narrow(wide(a) + wide(b))
+    y = {"apart": y, "over a": a, "over b": b}[place]
+    kernels.call("add_forward", y, a, b, size)
+    assert agrees({"y": (y, expected)}, "y")
 
 
-@pytest.mark.parametrize("tensor", ["y", "dx"])
-def test_relu6_agrees_with_pytorch(kernels: Kernels, tensor: str) -> None:
-    pairs = relu6(kernels)
-    assert {0, 6} < set(pairs["y"][1].tolist())  # both ends are met
-    assert agrees(pairs, tensor)
+def test_a_tensor_is_added_to_itself_in_place(kernels: Kernels) -> None:
+    x = guarded(np.array([2, -3, 0.5], np.float32))
+    kernels.call("add_forward", x, x, x, 3)
+    np.testing.assert_array_equal(x, [4, -6, 1])
 
 
-def test_relu6_passes_no_gradient_at_zero_and_six(kernels: Kernels) -> None:
-    x, y = guarded(np.array([0, 6], np.float32)), unassigned(2)
-    dy, dx = (guarded(np.full(2, value, np.float32)) for value in (3, 5))
-    kernels.call("relu6_forward", y, x, 2)
-    kernels.call("relu6_backward", dx, dy, y, 2)
-    np.testing.assert_array_equal(dx, [5, 5])
-
-
-def add(kernels: Kernels) -> Pairs:
+def gradient_add(kernels: Kernels, size: int = 23) -> Pairs:
     generator = rng()
-    a, b, y = randoms(generator, 23), randoms(generator, 23), unassigned(23)
-    kernels.call("add_forward", y, a, b, 23)
-    dy, da, db = (randoms(generator, 23) for _ in range(3))
-    wa, wb = leaf(a, da), leaf(b, db)
-    kernels.call("add_backward", da, db, dy, 23)
-
-    wy = wa + wb
-    torch.autograd.backward(wy, wide(dy))
-    return {"y": (y, narrow(wy)), "da": (da, narrow(wa.grad)), "db": (db, narrow(wb.grad))}
+    to, from_ = randoms(generator, size), randoms(generator, size)
+    expected = narrow(wide(to) + wide(from_))
+    kernels.call("gradient_add", to, from_, size)
+    return {"to": (to, expected)}
 
 
-@pytest.mark.parametrize("tensor", ["y", "da", "db"])
-def test_add_agrees_with_pytorch(kernels: Kernels, tensor: str) -> None:
-    assert agrees(add(kernels), tensor)
+@pytest.mark.parametrize("size", SIZES)
+def test_gradient_add_adds_to_what_is_there(kernels: Kernels, size: int) -> None:
+    assert agrees(gradient_add(kernels, size), "to")
 
 
-def test_add_backward_skips_the_side_that_is_not_wanted(kernels: Kernels) -> None:
-    dy, da, db = (guarded(np.full(3, value, np.float32)) for value in (2, 10, 20))
-    kernels.call("add_backward", da, None, dy, 3)
-    kernels.call("add_backward", None, db, dy, 3)
-    np.testing.assert_array_equal([da, db], [[12] * 3, [22] * 3])
-
-
-def test_a_tensor_added_to_itself_gets_its_gradient_twice(kernels: Kernels) -> None:
-    dy, da = (guarded(np.full(3, value, np.float32)) for value in (2, 10))
-    kernels.call("add_backward", da, da, dy, 3)
-    np.testing.assert_array_equal(da, [14] * 3)
-
-
-def branch(kernels: Kernels) -> Pairs:
-    generator = rng()
-    x, dy, dx = (randoms(generator, 11) for _ in range(3))
-    wx = leaf(x, dx)
-    kernels.call("branch_backward", dx, dy, 0.375, 11)
-
-    torch.autograd.backward(wx * 0.375, wide(dy))
-    return {"dx": (dx, narrow(wx.grad))}
-
-
-def test_branch_backward_adds_the_weighted_gradient(kernels: Kernels) -> None:
-    assert agrees(branch(kernels), "dx")
-
-
-def test_a_branch_of_weight_zero_passes_nothing_on_not_even_nan(kernels: Kernels) -> None:
-    dx = guarded(np.array([1, 2], np.float32))
-    kernels.call("branch_backward", dx, unassigned(2), 0.0, 2)
-    np.testing.assert_array_equal(dx, [1, 2])
+def gradient_weigh(kernels: Kernels) -> Pairs:
+    g = randoms(rng(), 11)
+    expected = narrow(wide(g) * 0.375)
+    kernels.call("gradient_weigh", g, 0.375, 11)
+    return {"g": (g, expected)}
 
 
 def test_gradient_weigh_multiplies_in_place(kernels: Kernels) -> None:
@@ -420,17 +413,24 @@ _MAX = partial(max_pool, case=POOLS["3x3 stride 2 padding 1"])
 _AVG = partial(avg_pool, case=POOLS["3x3 stride 2 padding 1"])
 _LOSS = partial(softmax_cross_entropy, case=LOGITS["10 classes"])
 _SGD = partial(sgd, case=STEPS["momentum and decay"])
+_RELU = partial(relu, bits=False)
+_RELU_BITS = partial(relu, bits=True)
+_RELU6 = partial(relu, kernel="relu6", bits=False)
+_RELU6_BITS = partial(relu, kernel="relu6", bits=True)
 
 FAULTS = [
     Fault("linear.c", "dx + sample * in", "dx", _LINEAR, "dx"),
     Fault("patch.h", "y3[i] += w3 * value", "y3[i] = w3 * value", _LINEAR, "dw"),
     Fault("linear.c", "db[o] += dy[o]", "db[o] -= dy[o]", _LINEAR, "db"),
-    Fault("elementwise.c", "dx[i] += y[i] > 0 ? dy[i] : 0", "dx[i] += dy[i]", relu, "dx"),
-    Fault("elementwise.c", "y[i] > 0 && y[i] < 6 ?", "y[i] > 0 ?", relu6, "dx"),
-    Fault("elementwise.c", "y[i] > 0 && y[i] < 6 ?", "y[i] < 6 ?", relu6, "dx"),
-    Fault("elementwise.c", "accumulate(da, dy, size)", "accumulate(da, dy, size - 1)", add, "da"),
-    Fault("elementwise.c", "accumulate(db, dy, size)", "accumulate(db, db, size)", add, "db"),
-    Fault("elementwise.c", "dx[i] += weight * dy[i]", "dx[i] += dy[i]", branch, "dx"),
+    Fault("elementwise.c", "to[i] &= relu_mask(from[i])", "", _RELU, "d"),
+    Fault("elementwise.c", "(-bits & ~bits) >> 31", "-bits >> 31", _RELU_BITS, "bits"),
+    Fault("elementwise.c", "byte >> i & 1", "byte >> (7 - i) & 1", _RELU_BITS, "d"),
+    Fault("elementwise.c", "*bits >> i & 1", "1", _RELU_BITS, "d"),
+    Fault("elementwise.c", "& (bits - SIX)", "", _RELU6, "d"),
+    Fault("elementwise.c", "-bits & (bits", "(bits", _RELU6_BITS, "bits"),
+    Fault("elementwise.c", "relu(relu(x) - SIX)", "relu(x - 7)", _RELU6, "y"),
+    Fault("elementwise.c", "to[i] += from[i]", "to[i] = from[i]", gradient_add, "to"),
+    Fault("elementwise.c", "0 : weight * g[i]", "0 : weight", gradient_weigh, "g"),
     Fault("pool.c", "winner[o] / s->kernel_width", "s->padding_height", _MAX, "dx"),
     Fault("pool.c", "+ ix] += dy[o]", "+ ix] = dy[o]", _MAX, "dx"),
     Fault("pool.c", "part = dy[o] * share", "part = dy[o]", _AVG, "dx"),
@@ -448,9 +448,9 @@ def test_a_planted_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
 def test_a_write_behind_an_array_is_noticed(tmp_path: Path) -> None:
     faulty = build_faulty(tmp_path, "elementwise.c", "[i] += from[i]", "[i + 1] += from[i]")
     with pytest.raises(AssertionError, match="wrote behind the end"):
-        add(faulty)
+        gradient_add(faulty)
 
 
 def test_a_read_behind_an_array_is_noticed(tmp_path: Path) -> None:
     faulty = build_faulty(tmp_path, "elementwise.c", "[i] += from[i]", "[i] += from[i + 1]")
-    assert np.isnan(relative_error(add(faulty), "da"))
+    assert np.isnan(relative_error(gradient_add(faulty), "to"))

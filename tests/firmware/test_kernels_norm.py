@@ -26,6 +26,8 @@ from firmware.kernels_harness import (
     wide,
 )
 
+EPSILON = 1e-5
+
 # ---- group norm ----
 
 
@@ -53,32 +55,30 @@ NORMS = {
 
 def group_norm(kernels: Kernels, case: Norm) -> Pairs:
     generator = rng()
-    epsilon = 1e-5
     shape = (case.n, case.channels, case.area)
     x = guarded(randoms(generator, *shape) + np.float32(case.offset))
     w, b = randoms(generator, case.channels), randoms(generator, case.channels)
     y, mean, rstd = unassigned(*shape), *(unassigned(case.n, case.groups) for _ in range(2))
     sizes = case.channels, case.groups, case.area
-    kernels.call("group_norm_forward", y, mean, rstd, x, w, b, *sizes, epsilon, case.n)
-    dy, dx = randoms(generator, *shape), randoms(generator, *shape)
-    dw, db = randoms(generator, case.channels), randoms(generator, case.channels)
-    wx, ww, wb = leaf(x, dx), leaf(w, dw), leaf(b, db)
-    kernels.call("group_norm_backward", dx, dw, db, dy, x, w, mean, rstd, *sizes, case.n)
+    kernels.call("group_norm_forward", y, mean, rstd, x, w, b, *sizes, EPSILON, case.n)
+    d, dw, db = randoms(generator, *shape), *(randoms(generator, case.channels) for _ in range(2))
+    dy, wx, ww, wb = wide(d), wide(x).requires_grad_(), leaf(w, dw), leaf(b, db)
+    kernels.call("group_norm_backward", d, dw, db, x, w, mean, rstd, *sizes, case.n)
 
-    wy = torch.nn.functional.group_norm(wx, case.groups, ww, wb, epsilon)
-    torch.autograd.backward(wy, wide(dy))
+    wy = torch.nn.functional.group_norm(wx, case.groups, ww, wb, EPSILON)
+    torch.autograd.backward(wy, dy)
     groups = x.astype(np.float64).reshape(case.n, case.groups, -1)
     return {
         "y": (y, narrow(wy)),
         "mean": (mean, groups.mean(-1)),
-        "rstd": (rstd, 1 / np.sqrt(groups.var(-1) + epsilon)),
-        "dx": (dx, narrow(wx.grad)),
+        "rstd": (rstd, 1 / np.sqrt(groups.var(-1) + EPSILON)),
+        "d": (d, narrow(wx.grad)),
         "dw": (dw, narrow(ww.grad)),
         "db": (db, narrow(wb.grad)),
     }
 
 
-@pytest.mark.parametrize("tensor", ["y", "mean", "rstd", "dx", "dw", "db"])
+@pytest.mark.parametrize("tensor", ["y", "mean", "rstd", "d", "dw", "db"])
 @pytest.mark.parametrize("case", NORMS.values(), ids=NORMS.keys())
 def test_group_norm_agrees_with_pytorch(kernels: Kernels, case: Norm, tensor: str) -> None:
     assert agrees(group_norm(kernels, case), tensor)
@@ -89,20 +89,16 @@ def test_statistics_of_very_many_elements_keep_a_millionth(kernels: Kernels, ten
     assert relative_error(group_norm(kernels, Norm(16, 1, 8192, offset=10.0, n=1)), tensor) < 1e-6
 
 
-def test_group_norm_computes_the_same_dw_and_db_where_dx_is_not_wanted(kernels: Kernels) -> None:
-    shape = (2, 4, 6)
-    x, dy, dx = (randoms(rng(), *shape) for _ in range(3))
-    w, mean, rstd = randoms(rng(), 4), randoms(rng(), 2, 2), randoms(rng(), 2, 2)
-    dw, db, dw_alone, db_alone = (randoms(rng(), 4) for _ in range(4))
-    kernels.call("group_norm_backward", dx, dw, db, dy, x, w, mean, rstd, 4, 2, 6, 2)
-    kernels.call("group_norm_backward", None, dw_alone, db_alone, dy, x, w, mean, rstd, 4, 2, 6, 2)
-    np.testing.assert_array_equal(dw_alone, dw)
-    np.testing.assert_array_equal(db_alone, db)
+def test_group_norm_forward_may_write_over_its_input(kernels: Kernels) -> None:
+    x, y = randoms(rng(), 2, 6, 5), unassigned(2, 6, 5)
+    w, b = randoms(rng(), 6), randoms(rng(), 6)
+    mean, rstd = unassigned(2, 3), unassigned(2, 3)
+    kernels.call("group_norm_forward", y, mean, rstd, x, w, b, 6, 3, 5, EPSILON, 2)
+    kernels.call("group_norm_forward", x, mean, rstd, x, w, b, 6, 3, 5, EPSILON, 2)
+    np.testing.assert_array_equal(x, y)
 
 
 # ---- batch norm ----
-
-EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
@@ -144,25 +140,25 @@ def batch_norm(kernels: Kernels, case: Images, *, frozen: bool = False) -> Pairs
     sizes = channels, case.area
     x = case.x(generator)
     w, b, dw, db = (randoms(generator, channels) for _ in range(4))
-    dy, dx, y = randoms(generator, *x.shape), randoms(generator, *x.shape), unassigned(*x.shape)
+    d, y = randoms(generator, *x.shape), unassigned(*x.shape)
     running = statistics(generator, channels)
     layer = torch.nn.BatchNorm1d(channels, EPSILON, momentum=0.3, dtype=torch.float64)
     layer.weight.data, layer.bias.data = wide(w), wide(b)
     layer.running_mean, layer.running_var = (wide(values) for values in running)
     layer.train(not frozen)
     layer.weight.grad, layer.bias.grad = wide(dw), wide(db)
-    wx = leaf(x, dx)
+    dy, wx = wide(d), wide(x).requires_grad_()
 
     batch = unassigned(channels), unassigned(channels)
     kernels.call("batch_norm_measure", *batch, x, *sizes, 0, case.n)
     used = running if frozen else batch
     kernels.call("batch_norm_forward", y, x, w, b, *used, *sizes, EPSILON, case.n)
     kernel = f"batch_norm{'_frozen' if frozen else ''}_backward"
-    kernels.call(kernel, dx, dw, db, dy, x, w, *used, *sizes, EPSILON, case.n)
+    kernels.call(kernel, d, dw, db, x, w, *used, *sizes, EPSILON, case.n)
     kernels.call("batch_norm_follow", *running, *batch, channels, case.n * case.area, 0.3)
 
     wy = layer(wx)
-    torch.autograd.backward(wy, wide(dy))
+    torch.autograd.backward(wy, dy)
     if frozen:  # PyTorch follows with nothing but another forward
         layer.train()(wide(x))
     everything = wide(x).transpose(0, 1).flatten(1)
@@ -172,13 +168,13 @@ def batch_norm(kernels: Kernels, case: Images, *, frozen: bool = False) -> Pairs
         "variance": (batch[1], narrow(everything.var(1, correction=0))),
         "running mean": (running[0], narrow(layer.running_mean)),
         "running variance": (running[1], narrow(layer.running_var)),
-        "dx": (dx, narrow(wx.grad)),
+        "d": (d, narrow(wx.grad)),
         "dw": (dw, narrow(layer.weight.grad)),
         "db": (db, narrow(layer.bias.grad)),
     }
 
 
-TENSORS = ("y", "mean", "variance", "running mean", "running variance", "dx", "dw", "db")
+TENSORS = ("y", "mean", "variance", "running mean", "running variance", "d", "dw", "db")
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
@@ -190,18 +186,12 @@ def test_batch_norm_agrees_with_pytorch(
     assert agrees(batch_norm(kernels, case, frozen=frozen), tensor)
 
 
-@pytest.mark.parametrize("kernel", ["batch_norm_backward", "batch_norm_frozen_backward"])
-def test_batch_norm_computes_the_same_dw_and_db_where_dx_is_not_wanted(
-    kernels: Kernels, kernel: str
-) -> None:
-    x, dy, dx = (randoms(rng(), 2, 4, 6) for _ in range(3))
-    w, (mean, variance) = randoms(rng(), 4), statistics(rng(), 4)
-    dw, db, dw_alone, db_alone = (randoms(rng(), 4) for _ in range(4))
-    used = dy, x, w, mean, variance, 4, 6, EPSILON, 2
-    kernels.call(kernel, dx, dw, db, *used)
-    kernels.call(kernel, None, dw_alone, db_alone, *used)
-    np.testing.assert_array_equal(dw_alone, dw)
-    np.testing.assert_array_equal(db_alone, db)
+def test_batch_norm_forward_may_write_over_its_input(kernels: Kernels) -> None:
+    x, y = randoms(rng(), 2, 4, 6), unassigned(2, 4, 6)
+    used = randoms(rng(), 4), randoms(rng(), 4), *statistics(rng(), 4), 4, 6, EPSILON, 2
+    kernels.call("batch_norm_forward", y, x, *used)
+    kernels.call("batch_norm_forward", x, x, *used)
+    np.testing.assert_array_equal(x, y)
 
 
 def measured_in_parts(
@@ -244,25 +234,26 @@ def test_the_variance_of_a_single_element_changes_no_running_variance(kernels: K
 # ---- the tests themselves ----
 
 _NORM = partial(group_norm, case=NORMS["8 channels in 2 groups"])
+_ODD = partial(group_norm, case=NORMS["one channel a group"])
 _BATCH = partial(batch_norm, case=BATCHES["6 channels"])
 _FROZEN = partial(_BATCH, frozen=True)
 
 FAULTS = [
-    Fault("batch_norm.c", "dy[i] - level - slope", "dy[i] - slope", _BATCH, "dx"),
-    Fault("batch_norm.c", "scale * share * rstd", "scale * share", _BATCH, "dx"),
-    Fault("batch_norm.c", "area) * rstd", "area)", _BATCH, "dw"),
-    Fault("batch_norm.c", "dw[c] += scale", "dw[c] = scale", _FROZEN, "dw"),
-    Fault("batch_norm.c", "db[c] += shift", "db[c] += scale", _BATCH, "db"),
-    Fault("batch_norm.c", "moving ? shift * share : 0", "shift * share", _FROZEN, "dx"),
-    Fault("batch_norm.c", "moving ? scale * share", "1 ? scale * share", _FROZEN, "dx"),
+    Fault("batch_norm.c", "(d[i] - level - slope", "(d[i] - slope", _BATCH, "d"),
+    Fault("batch_norm.c", "s.products * share * rstd", "s.products * share", _BATCH, "d"),
+    Fault("batch_norm.c", "s.products * rstd", "s.products", _BATCH, "dw"),
+    Fault("batch_norm.c", "d[i] *= gain", "d[i] *= rstd", _FROZEN, "d"),
     Fault("batch_norm.c", "(float)(size - 1)", "(float)size", _BATCH, "running variance"),
     Fault("batch_norm.c", "momentum * (mean[c]", "(mean[c]", _FROZEN, "running mean"),
     Fault("batch_norm.c", "* (1 - fresh) * dis", "* dis", measured_in_parts, "variance"),
     Fault("batch_norm.c", "fresh * distance;", "distance;", measured_in_parts, "mean"),
-    Fault("group_norm.c", "dy[i] - level - slope", "dy[i] - slope", _NORM, "dx"),
-    Fault("group_norm.c", "slope *= rstd[group] * rstd", "slope *= rstd", _NORM, "dx"),
+    Fault("group_norm.c", "* d[i] - level - slope", "* d[i] - slope", _NORM, "d"),
+    Fault("group_norm.c", "slope *= r * r", "slope *= r", _NORM, "d"),
     Fault("group_norm.c", "dw[first + c] += scale", "dw[c] += scale", _NORM, "dw"),
     Fault("group_norm.c", "db[first + c] += shift", "db[first + c] += scale", _NORM, "db"),
+    Fault("sum.h", "plain[i] += z[i] - z0", "plain[i] += z[i]", _NORM, "rstd"),
+    Fault("sum.h", "plain[0] += *z - z0", "plain[0] = *z - z0", _ODD, "db"),
+    Fault("sum.h", "products[0] += (*z", "products[0] -= (*z", _ODD, "dw"),
 ]
 
 

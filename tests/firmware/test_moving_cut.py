@@ -22,7 +22,7 @@ from splitee_exporters.c import to_c
 from splitee_host.device import Device
 from splitee_host.verify import TOLERANCE, names, relative_error, step_in_torch, step_on_device
 from splitee_host.wire import messages as m
-from step_harness import SETTINGS, case, device
+from step_harness import SETTINGS, case, device, norm_of_gradients, planted
 
 BOARDS = ("posix", "qemu-m4")
 COUNT = 4  # samples in a step: six steps are an epoch
@@ -173,6 +173,64 @@ def test_a_planted_fault_is_noticed(fault: str, folder: Path) -> None:
     assert count > 0
     with device(CASE, "posix", folder / "fault", BOTH, source=source) as running:
         step = list(steps(running, BOTH))[leg]
+    if name in step.reference:
+        assert not relative_error(step.mine, step.reference, name) <= TOLERANCE
+    else:
+        assert name in inactive(*WALK[leg])
+        assert name not in still(step)
+
+
+CLIPPED = replace(BOTH, clip=0.3)
+
+
+def clipped(board: str, folder: Path) -> list[Step]:
+    """The run with a clip that acts in each of its steps."""
+    try:
+        with device(CASE, board, folder, CLIPPED) as running:
+            return list(steps(running, CLIPPED))
+    except MissingTool as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_gradients_are_clipped_together_wherever_the_cut_is(board: str, folder: Path) -> None:
+    for step, (cut, upto) in zip(clipped(board, folder / board), WALK, strict=True):
+        assert norm_of_gradients(step.reference) > 2 * CLIPPED.clip
+        assert still(step) == inactive(cut, upto)
+        for name in names(GRAPH.at(cut, upto=upto), momentum=True):
+            assert relative_error(step.mine, step.reference, name) <= TOLERANCE, (cut, name)
+
+
+# A fault in how gradients are clipped, and a step and a tensor that must notice it.
+CLIP_FAULTS = {
+    "the norm is that of the last stage": (
+        "squares += s->clip > 0",
+        "squares = s->clip > 0",
+        (0, "updated stem.0.weight"),
+    ),
+    "a stage is left as it is": (
+        "segment.gradients + r.first, factor, s,",
+        "segment.gradients + r.first, i == 1 ? 1 : factor, s,",
+        (4, "momentum of layer1.0.conv2.weight"),
+    ),
+    "exits that do not learn learn too": (
+        "step_exit_learns(stage, cut, upto) ?",
+        "upto || stage <= cut ?",
+        (2, "exits.stem.linear.weight"),
+    ),
+    "the square of the norm is taken": (
+        "sqrtf(squares)",
+        "squares",
+        (1, "updated exits.stem.linear.bias"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", CLIP_FAULTS)
+def test_a_fault_planted_in_the_step_is_noticed(fault: str, folder: Path) -> None:
+    old, new, (leg, name) = CLIP_FAULTS[fault]
+    with planted(folder, "core/step.c", old, new):
+        step = clipped("posix", folder / "planted")[leg]
     if name in step.reference:
         assert not relative_error(step.mine, step.reference, name) <= TOLERANCE
     else:

@@ -281,6 +281,27 @@ def test_a_stack_that_overflows_ends_the_emulator_instead_of_overwriting_data(
         assert running.process.returncode == status
 
 
+def used_stack(board: Board, program: BuildProgram, depth: int) -> int:
+    """What a firmware says that has gone so deep."""
+    with start(board, program(board, "stack.c", f"-DDEPTH={depth}u")) as running:
+        running.link.write(b"?")
+        used = int.from_bytes(receive(running.link, 4), "little")
+        running.link.write(b"?")
+        assert int.from_bytes(receive(running.link, 4), "little") == used
+    return used
+
+
+@pytest.mark.parametrize("board", EMULATED, ids=name)
+def test_a_board_tells_how_deep_its_stack_ever_was(board: Board, program: BuildProgram) -> None:
+    shallow, deep = (used_stack(board, program, depth) for depth in (768, 1536))
+    assert 768 < shallow < 768 + 128  # and what main and the call take
+    assert deep == shallow + 768
+
+
+def test_a_process_does_not_know_its_stack(program: BuildProgram) -> None:
+    assert used_stack(BOARDS["posix"], program, 768) == 0
+
+
 @pytest.mark.parametrize(
     ("stack_bytes", "words"), [(512, "less than 1 KB"), (2050, "not a multiple of")]
 )

@@ -79,6 +79,9 @@ def now(tmp_path_factory: pytest.TempPathFactory) -> Measure:
     return now
 
 
+CLOCK = 8  # instructions that a part may seem to differ by: it is timed in microseconds
+
+
 @pytest.mark.parametrize(
     ("board", "before"), BEFORE, ids=["-".join((board, *key(row))) for board, row in BEFORE]
 )
@@ -90,7 +93,7 @@ def test_no_kernel_takes_one_percent_more_than_before(
     risen = {
         part: (count, after["instructions"][part])
         for part, count in before["instructions"].items()
-        if after["instructions"][part] > 1.01 * count
+        if after["instructions"][part] > 1.01 * count + CLOCK
     }
     assert not risen, f"if this is meant: {RENEW.format(board)}"
 

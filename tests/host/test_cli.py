@@ -115,6 +115,10 @@ def test_the_demo_is_planned_for_four_clients_at_four_cuts() -> None:
         for row in client["cuts"]:
             assert (row["ram_bytes"] is not None) == limited
             assert row["fits"] == (row["why"] is None)
+            assert row["shard_bytes"] == 67 * row["samples"]
+            assert (row["samples_that_fit"] is not None) == limited
+            if limited and row["fits"]:
+                assert row["samples_that_fit"] >= row["samples"]
             assert row["fits"] or not row["chosen"]
     assert chosen == ["stem", "layer1", "layer2", "layer3"]
 
@@ -144,7 +148,16 @@ def test_the_plan_shows_a_table_for_each_client() -> None:
     assert said.code == 0
     for title in ("board on qemu-m4, 8 samples", "local on torch, 16 samples at once"):
         assert title in said.out
-    assert re.findall(r"(\w+)  <- chosen", said.out) == ["stem", "layer1", "layer2", "layer3"]
+    taken = re.findall(r"^> \d (\w+) .* yes *$", said.out, re.MULTILINE)
+    assert taken == ["stem", "layer1", "layer2", "layer3"]
+    # the two that run firmware have levers
+    assert said.out.count("its levers") == 2
+    assert (
+        len(
+            re.findall(r"^ relu_bits +false +true +[\d,]+ +[-+][\d,]+ +none: exact", said.out, re.M)
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize("exits", ["own", "upto"])
@@ -207,7 +220,7 @@ def test_where_no_cut_fits_the_plan_shows_why_and_is_refused(workplace: Path) ->
     path = written(LARGE.replace('"layer3"', '"auto"').replace("width = 8", "width = 24"))
     said = splitee("plan", path)
     assert said.code == 1
-    assert said.out.count("no: needs ") == 4
+    assert re.findall(r"^\d (\w+) needs .* of RAM, ", said.out, re.MULTILINE) == list(SHAPES)
     assert 'client "a": its segment up to stem needs ' in said.err
     assert "take a narrower network" in said.err
 
@@ -224,8 +237,10 @@ def test_build_makes_an_elf_for(board: str, workplace: Path) -> None:
         pytest.skip(f"no compiler for {board}")
     said = splitee("build", written(TINY.replace("posix", board)))
     assert said.code == 0
-    found = re.fullmatch(r"a: (\S+): ([\d,]+) bytes of flash, ([\d,]+) of RAM\n", said.out)
+    first, *_, last = said.out.splitlines()
+    found = re.fullmatch(r"a: (\S+): ([\d,]+) bytes of flash, ([\d,]+) of RAM", first)
     assert found, said.out
+    assert re.match(rf"a +{board} .* {found[3]} of ", last)
     elf = Path(found[1])
     content = elf.read_bytes()
     assert content[:4] == b"\x7fELF"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from host_harness import differences, serving, splitee
 from splitee import data, zoo
 from splitee.assemble import Assembly, Member
-from splitee.client import State
+from splitee.client import LocalClient, State
 from splitee.data import Dataset, draw_order
 from splitee.fleet import Fleet, parse
 from splitee.ops import Array
@@ -482,6 +482,74 @@ def test_a_run_whose_only_client_is_killed_ends_and_says_so(
     assert process["lost"] == REASON
 
 
+# ---- what is not finite ----
+
+
+@pytest.mark.parametrize("client", ["process", "local"])
+@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
+def test_training_stops_at_what_is_not_finite_and_keeps_the_last_round(
+    strategy: str,
+    client: str,
+    few_digits: Dataset,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = run("finite", rounds=1, strategy=strategy)
+    of = Device if client == "process" else LocalClient
+    set_rate = of.set_rate
+
+    def planting(self: Any, rate: float) -> None:
+        set_rate(self, rate)
+        if rate != 0.05:  # behind the first round
+            weights = {n: w.copy() for n, w in self.state().weights.items()}
+            weights["stem.0.weight"][0, 0, 0, 0] = np.nan
+            self.load_weights(weights)
+
+    monkeypatch.setattr(of, "set_rate", planting)
+    path = Path("infinite.toml")
+    text = FLEET.format(name="infinite", rounds=3, strategy=strategy, aggregate="all")
+    path.write_text(text + '[optimizer]\nschedule = "cosine"\n')
+    said = splitee("train", path)
+    assert said.code == 1
+    assert said.err == (
+        f'error: client "{client}": the gradient of stem.0.weight is not finite in round 2: '
+        "nothing was changed; take a smaller learning_rate or clip\n"
+    )
+    stopped = Run(Path("runs") / "infinite")
+    assert stopped.checkpoint_file.read_bytes() == whole.checkpoint_file.read_bytes()
+    assert [c["client"] for c in answers(stopped)["clients"]] == ["process", "local"]
+    assert {line["round"] for line in stopped.metrics()} == {1}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+def test_a_second_run_with_rates_and_a_clip_is_bit_identical(
+    schedule: str, few_digits: Dataset, workplace: Path
+) -> None:
+    checkpoints = []
+    for settings in ("", *[f'schedule = "{schedule}"\nstep_every = 1\nclip = 0.5\n'] * 2):
+        path = Path("rates.toml")
+        text = FLEET.format(name="rates", rounds=2, strategy="averaging", aggregate="all")
+        path.write_text(f"{text}[optimizer]\n{settings}")
+        said = splitee("train", path)
+        assert (said.code, said.err) == (0, "")
+        checkpoints.append((Path("runs") / "rates" / "checkpoint.safetensors").read_bytes())
+    assert checkpoints[1] == checkpoints[2] != checkpoints[0]
+
+
+def test_every_kind_of_client_clips_as_torch_does_at_the_rate_of_the_round(
+    few_digits: Dataset, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = MIXED.format("averaging", "both", "all", "upto").replace("rounds = 1", "rounds = 2")
+    text = text.replace("[model]", '[optimizer]\nschedule = "cosine"\nclip = 0.3\n[model]')
+    mixed = trained(parse(text), monkeypatch)
+    assert_same_numbers(mixed, trained(all_torch(text), monkeypatch))
+    free = trained(parse(text.replace("clip = 0.3\n", "")), monkeypatch)
+    for name, state in mixed.states.items():
+        for tensor, velocity in state.momentum.items():
+            other = free.states[name].momentum[tensor]
+            assert not np.allclose(velocity, other, rtol=0.05), (name, tensor)
+
+
 # ---- a device that runs already ----
 
 
@@ -495,7 +563,8 @@ def test_a_device_serves_one_run_after_another(few_digits: Dataset, workplace: P
     said = splitee("build", path)
     elf = Path(said.out.split(": ")[1])
     board = boards.load_boards()["posix"]
-    with boards.start(board, boards.read_elf(elf)) as running:
+    firmware = boards.read_elf(elf)
+    with boards.start(board, firmware) as running:
         path.write_text(text + f'link = "{running.link.name}"\n')
         checkpoints = []
         for _ in range(2):
@@ -503,7 +572,10 @@ def test_a_device_serves_one_run_after_another(few_digits: Dataset, workplace: P
             assert (said.code, said.err) == (0, "")
             checkpoints.append(Path("runs/attached/checkpoint.safetensors").read_bytes())
         (client,) = summary_of(Run(Path("runs") / "attached"))["clients"]
-        assert (client["link"], client["flash_bytes"]) == (running.link.name, 0)
+        assert client["link"] == running.link.name
+        # what was built here is what it runs: they agree about the segment
+        assert client["flash_bytes"] == firmware.flash_bytes
+        assert client["memory"]["ram_bytes"] == firmware.ram_bytes
     assert checkpoints[0] == checkpoints[1]
 
 
@@ -581,10 +653,11 @@ def test_the_summary_says_of_each_client_what_the_readme_promises(everything: Ru
     assert [c["name"] for c in summary["clients"]] == list(KINDS)
     shapes = {"stem": 4 * 64, "layer1": 4 * 64, "layer2": 8 * 16, "layer3": 16 * 4}
     for client in summary["clients"]:
-        assert set(client) == {
+        assert set(client) - {"memory"} == {
             "name", "tier", "board", "link", "cut", "parameters", "arena_bytes", "flash_bytes",
             "bytes_up_per_sample", "ms_per_sample", "exit_accuracy", "server_accuracy",
         }  # fmt: skip
+        assert ("memory" in client) == (client["tier"] == "mcu")
         assert client["link"].split(":")[0] in ("serial", "udp", "tcp", "memory")
         assert 0 <= client["exit_accuracy"] <= 1
         assert 0 <= client["server_accuracy"] <= 1
@@ -593,6 +666,26 @@ def test_the_summary_says_of_each_client_what_the_readme_promises(everything: Ru
         assert client["ms_per_sample"] > 0
         sent = 4 * shapes[client["cut"]] + 1
         assert sent <= client["bytes_up_per_sample"] < 1.1 * sent  # and frames
+
+
+def test_the_summary_says_of_each_firmware_what_memory_it_takes(everything: Run) -> None:
+    said = (everything.folder.parents[1] / "said").read_text()
+    known = boards.load_boards()
+    for client in summary_of(everything)["clients"][:2]:
+        memory, board = client["memory"], known[client["board"]]
+        assert memory["arena_bytes"] == client["arena_bytes"]
+        assert memory["shard_bytes"] == everything.load().states[client["name"]].place.samples * 67
+        parts = ("arena", "weights", "labels", "shard", "static", "stack")
+        assert memory["ram_bytes"] == sum(memory[f"{part}_bytes"] for part in parts)
+        assert memory["ram_bytes"] < memory["board_ram_bytes"] == board.ram_bytes
+        if client["board"] == "posix":
+            assert memory["stack_used_bytes"] is None
+        else:
+            assert 0 < memory["stack_used_bytes"] < memory["stack_bytes"] == board.stack_bytes
+            stack = f"{memory['stack_used_bytes']:,} of {memory['stack_bytes']:,}"
+            assert re.search(rf"^{client['name']} .* {stack} ", said, re.MULTILINE)
+        ram = f"{memory['ram_bytes']:,} of {memory['board_ram_bytes']:,}"
+        assert re.search(rf"^{client['name']} .* {ram} *$", said, re.MULTILINE)
 
 
 def test_all_owners_of_a_layer_have_its_mean_afterwards(everything: Run) -> None:

@@ -7,11 +7,13 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from host_harness import splitee
+from splitee_host import boards
 from splitee_host.verify import Difference, compare, names
 from step_harness import SETTINGS, case, device
 
@@ -50,6 +52,14 @@ def test_a_different_weight_is_seen_from_its_layer_on(folder: Path) -> None:
     assert not found["gradient of stem.0.weight"].good
 
 
+def test_a_clip_is_compared_too(folder: Path) -> None:
+    clipped = replace(SETTINGS, clip=0.05)
+    for told, good in ((clipped, True), (SETTINGS, False)):
+        with device(CASE, "posix", folder, clipped) as running:
+            found = compare(running, CASE.segment, CASE.images, told, 5, PLACE.seed)
+        assert all(d.good for d in found) == good
+
+
 def test_nan_is_the_worst_of_all(folder: Path) -> None:
     found = compared(folder, planted="exits.layer2.linear.bias", by=math.nan)
     assert math.isnan(found[0].error)
@@ -62,10 +72,43 @@ def test_the_command_shows_the_worst_tensors() -> None:
     assert (said.code, said.err) == (0, "")
     lines = said.out.splitlines()
     assert lines[0] == "resnet8 of width 2 up to layer3 on posix, the worst first"
-    assert len(lines) == 5
-    count, whole = lines[-1].split(" tensors")[0].split(" of ")
+    assert len(lines) == 5 + 3
+    count, whole = lines[4].split(" tensors")[0].split(" of ")
     assert count == whole
-    assert lines[-1].endswith("within 1e-05 of PyTorch")
+    assert lines[4].endswith("within 1e-05 of PyTorch")
+    assert lines[-1].split()[:2] == ["verify", "posix"]
+
+
+def test_the_command_says_what_memory_a_firmware_takes_that_was_built_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("verify", "--board", "posix", "--width", "2", "--cut", "stem", "--json")
+    started = json.loads(splitee(*words).out)["memory"]
+    assert started["arena_bytes"] > 0
+    assert started["stack_used_bytes"] is None
+    (elf,) = Path("build").glob("firmware/*/device.elf")
+    posix = boards.load_boards()["posix"]
+    with boards.start(posix, boards.read_elf(elf)) as running:
+        attached = [json.loads(splitee(*words, "--port", running.link.name).out)["memory"]]
+        elf.unlink()
+        attached += [json.loads(splitee(*words, "--port", running.link.name).out)["memory"]]
+    assert attached == [started, None]
+
+
+def test_the_command_clips_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def noting(*arguments: Any) -> list[Difference]:
+        given.append(arguments[3])
+        return compare(*arguments)
+
+    monkeypatch.setattr("splitee_host.verify.compare", noting)
+    for clip in ("0.01", "0"):
+        said = splitee("verify", "--board", "posix", "--width", "2", "--clip", clip, "--json")
+        assert (said.code, said.err) == (0, "")
+        assert all(t["good"] for t in json.loads(said.out)["tensors"])
+    assert [settings.clip for settings in given] == [0.01, 0.0]
 
 
 def test_the_command_fails_beyond_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:

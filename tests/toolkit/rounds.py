@@ -12,7 +12,7 @@ from splitee.client import Client, LocalClient, Part, Settings, State, Stepped
 from splitee.data import Images
 from splitee.errors import Timeout
 from splitee.ops import Array
-from splitee.strategies import Averaging, Sequential
+from splitee.strategies import Averaging, Rate, Sequential
 from splitee.train import ClientDone, Event, RoundDone
 from toolkit.networks import arrays, local_client, random_images, resnet, server_for
 
@@ -23,27 +23,37 @@ BATCH = 4
 REASON = "no answer within 2 s: is it powered?"
 
 
-def clients(names: str = "abc", *, upto: bool = True) -> list[LocalClient]:
+def clients(
+    names: str = "abc", *, upto: bool = True, settings: Settings = SETTINGS
+) -> list[LocalClient]:
     """Clients with different cuts and shards, from the same weights."""
     return [
         local_client(
-            resnet(), CUTS[n], SETTINGS, random_images(SAMPLES[n], seed=ord(n)),
+            resnet(), CUTS[n], settings, random_images(SAMPLES[n], seed=ord(n)),
             capacity=BATCH, upto=upto, name=n, seed=ord(n),
         )
         for n in names
     ]  # fmt: skip
 
 
-def averaging(members: Sequence[Client], *, aggregate: str = "all", period: int = 1) -> Averaging:
+def averaging(
+    members: Sequence[Client], *, aggregate: str = "all", period: int = 1, rate: Rate | None = None
+) -> Averaging:
     """Averaging over clients; each has a replica from the same weights."""
     servers = {c.name: server_for(resnet(), [c.cut], SETTINGS) for c in members}
-    return Averaging(members, servers, SAMPLES, batch=BATCH, aggregate=aggregate, period=period)
+    return Averaging(
+        members, servers, SAMPLES, batch=BATCH, aggregate=aggregate, period=period, rate=rate
+    )
 
 
-def sequential(members: Sequence[Client], *, aggregate: str = "all", period: int = 1) -> Sequential:
+def sequential(
+    members: Sequence[Client], *, aggregate: str = "all", period: int = 1, rate: Rate | None = None
+) -> Sequential:
     """Sequential over clients at one server."""
     server = server_for(resnet(), [CUTS[c.name] for c in members], SETTINGS)
-    return Sequential(members, server, SAMPLES, batch=BATCH, aggregate=aggregate, period=period)
+    return Sequential(
+        members, server, SAMPLES, batch=BATCH, aggregate=aggregate, period=period, rate=rate
+    )
 
 
 def ends(events: Sequence[Event]) -> dict[str, ClientDone]:
@@ -90,6 +100,10 @@ class Wrapped:
         self._before("move")
         self._client.move(cut, upto=upto)
         self.cut = cut
+
+    def set_rate(self, rate: float) -> None:
+        """Its new rate."""
+        self._call("set_rate", rate)
 
     def forward(self, count: int, batch: int) -> Part:
         """Its next samples."""

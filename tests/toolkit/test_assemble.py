@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -15,7 +17,8 @@ from splitee.client import Place
 from splitee.errors import CutError, FitError, FleetError
 from splitee.fleet import parse
 from splitee.norms import frozen_norms
-from splitee.place import Room, kib
+from splitee.place import Room, effects, kib
+from splitee.steps import Levers
 from splitee.strategies import Averaging, Sequential
 from splitee.train import RoundDone, fit
 from toolkit.networks import arrays, unequal
@@ -70,10 +73,12 @@ def test_a_segment_that_is_too_large_says_by_how_much_and_which_cut_fits() -> No
     fleet = assembly("a:mcu:cut = 'layer3'", mcu=room(ram))
     with pytest.raises(FitError) as error:
         fleet.member("a")
+    more = needed(4) - ram
+    fitting = 1437 - math.ceil(more / 67)  # an image of 64 bytes, a label, a place in the order
     assert str(error.value) == (
         f'client "a": its segment up to layer3 needs {kib(needed(4))} of RAM, '
-        f"{kib(needed(4) - ram)} more than the {kib(ram)} there are on mcu: "
-        'cut at "layer1", which fits'
+        f"{kib(more)} more than the {kib(ram)} there are (of its 1,437 samples {fitting} fit) on "
+        'mcu: cut at "layer1", which fits'
     )
 
 
@@ -344,3 +349,62 @@ def test_an_unknown_board_is_refused_by_whoever_knows_the_boards() -> None:
 
     with pytest.raises(FleetError, match='no board "torch"'):
         Assembly(parse('name = "x"\n[[client]]\nname = "a"\n'), boards)
+
+
+# ---- what saves memory ----
+
+PLAIN = "[optimizer]\nmomentum = 0.0"
+
+
+def test_a_client_is_built_with_its_levers() -> None:
+    client = "a:mcu:relu_bits = true:float16 = true:recompute = 0.5:local_only = true, b:mcu"
+    fleet = assembly(client, mcu=ENDLESS)
+    a, b = fleet.members
+    assert a.build.levers == Levers(relu_bits=True, float16=True, recompute=0.5, local_only=True)
+    assert b.build.levers == Levers()
+    assert a.build.arena_bytes < b.build.arena_bytes
+    assert a.build.checksum != b.build.checksum
+
+
+def test_a_fused_update_is_built_where_a_batch_is_one_part_without_momentum() -> None:
+    fleet = assembly("a:mcu:capacity = 16:fused_update = true", PLAIN, mcu=ENDLESS)
+    assert fleet.member("a").build.levers.fused_update
+
+
+@pytest.mark.parametrize(
+    ("client", "top", "message"),
+    [
+        ("a:torch:relu_bits = true", "", 'a": relu_bits: torch runs no firmware: leave it out'),
+        ("a:mcu:capacity = 16:fused_update = true", "", "fused_update: .* take momentum = 0$"),
+        ("a:mcu:fused_update = true", PLAIN, "fused_update: .* one part: take capacity = 16$"),
+        (
+            "a:mcu:capacity = 16:fused_update = true",
+            PLAIN + "\nclip = 1.0",
+            "fused_update: clipping .*: take no clip$",
+        ),
+        ("a:mcu:local_only = true", 'gradient = "both"', 'local_only: .*, and gradient = "both"$'),
+        ("a:mcu:local_only = true:deepest = 2", "", "local_only: .*: leave out deepest$"),
+    ],
+)
+def test_a_lever_that_the_fleet_rules_out_is_refused(client: str, top: str, message: str) -> None:
+    with pytest.raises(FleetError, match=message):
+        assembly(client, top, mcu=ENDLESS).member("a")
+
+
+def test_the_effect_of_each_lever_is_that_of_a_build_with_it() -> None:
+    build = assembly("a:mcu:cut = 2", mcu=ENDLESS).member("a").build
+    found = {e.setting: e for e in effects(build)}
+    assert list(found) == ["capacity", *(f.name for f in fields(Levers))]
+    fewer = replace(build, capacity=4)
+    assert (found["capacity"].now, found["capacity"].other) == ("8", "4")
+    assert found["capacity"].arena_bytes == fewer.arena_bytes < build.arena_bytes
+    pulled_alone = (Levers(relu_bits=True), Levers(float16=True), Levers(recompute=1.0))
+    for name, levers in zip(("relu_bits", "float16", "recompute"), pulled_alone, strict=True):
+        other = replace(build, levers=levers)
+        assert found[name].arena_bytes == other.arena_bytes
+        assert (found[name].now, found[name].other) in (("false", "true"), ("0.0", "1.0"))
+    pulled = replace(build, levers=Levers(recompute=1.0))
+    back = {e.setting: e for e in effects(pulled)}["recompute"]
+    assert (back.now, back.other, back.arena_bytes) == ("1.0", "0.0", build.arena_bytes)
+    again = pulled.schedule.macs_again / build.graph.macs()[0]
+    assert back.price == found["recompute"].price == f"{again:.0%} of the forward pass again; exact"

@@ -34,8 +34,12 @@ name = "digits"
 
 [optimizer]
 learning_rate = 0.1
+schedule = "step"
+step_every = 3
+step_factor = 0.5
 momentum = 0
 weight_decay = 1e-4
+clip = 2
 
 [[client]]
 name = "board"
@@ -44,6 +48,11 @@ link = "serial:/dev/ttyACM0"
 cut = "layer1"
 deepest = "layer3"
 capacity = 2
+relu_bits = true
+float16 = true
+recompute = 0.75
+fused_update = true
+local_only = true
 share = 0.5
 
 [[client]]
@@ -60,15 +69,22 @@ def test_a_good_file_says_what_it_says() -> None:
         "entropy": 0.4, "rejoin_within": 1.5,
         "model": {"name": "resnet20", "width": 8, "norm": "group", "batch_norm": "frozen"},
         "data": {"name": "digits", "samples": None},
-        "optimizer": {"learning_rate": 0.1, "momentum": 0.0, "weight_decay": 1e-4},
+        "optimizer": {
+            "learning_rate": 0.1, "schedule": "step", "step_every": 3, "step_factor": 0.5,
+            "momentum": 0.0, "weight_decay": 1e-4, "clip": 2.0,
+        },
         "client": [
             {"name": "board", "board": "qemu-m4", "link": "serial:/dev/ttyACM0", "cut": "layer1",
-             "deepest": "layer3", "capacity": 2, "share": 0.5},
+             "deepest": "layer3", "capacity": 2, "relu_bits": True, "float16": True,
+             "recompute": 0.75, "fused_update": True, "local_only": True, "share": 0.5},
             {"name": "edge", "board": "torch", "link": None, "cut": 3, "deepest": None,
-             "capacity": None, "share": 1.0},
+             "capacity": None, "relu_bits": False, "float16": False, "recompute": 0.0,
+             "fused_update": False, "local_only": False, "share": 1.0},
         ],
     }  # fmt: skip
-    assert fleet.settings == Settings(0.1, 0.0, 1e-4, exit_weight=0.25, server_weight=0.75)
+    assert fleet.settings == Settings(
+        0.1, 0.0, 1e-4, exit_weight=0.25, server_weight=0.75, clip=2.0
+    )
 
 
 def test_a_name_and_a_client_are_enough() -> None:

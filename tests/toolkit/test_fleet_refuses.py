@@ -15,8 +15,9 @@ KEYS = {
     "entropy, rejoin_within, model, data, optimizer, client",
     "model": "name, width, norm, batch_norm",
     "data": "name, samples",
-    "optimizer": "learning_rate, momentum, weight_decay",
-    "client": "name, board, link, cut, deepest, capacity, share",
+    "optimizer": "learning_rate, schedule, step_every, step_factor, momentum, weight_decay, clip",
+    "client": "name, board, link, cut, deepest, capacity, relu_bits, float16, "
+    "recompute, fused_update, local_only, share",
 }
 
 BAD = {

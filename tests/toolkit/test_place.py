@@ -9,7 +9,8 @@ import pytest
 from splitee.capture import capture
 from splitee.errors import CutError
 from splitee.model import Network
-from splitee.place import STEP_CODE, Build, Room, deepest_that_fits, kib
+from splitee.place import SHARD_GAP, STEP_CODE, Build, Memory, Room, deepest_that_fits, kib
+from splitee.steps import Levers
 from toolkit.networks import CLASSES, SCALE, SHAPE, SHIFT, resnet, segment_at
 
 CUTS = ("stem", "layer1", "layer2", "layer3")
@@ -45,6 +46,51 @@ def test_the_arena_of_a_build_is_the_verified_plan() -> None:
     assert saved == -(-4 * 694 // 16) * 16
 
 
+def test_all_parts_of_the_memory_are_planned() -> None:
+    stem, apart = build(), dataclasses.replace(ROOM, shard=8_000)
+    planned = stem.memory(ROOM)
+    assert planned == Memory(stem.arena_bytes, 4 * 694, 4, 6_700, 5_000, 3_000)
+    assert stem.memory(apart) == dataclasses.replace(planned, apart=True)
+    assert stem.ram_bytes(apart) == stem.ram_bytes(ROOM) - 6_700
+
+
+@pytest.mark.parametrize("samples", [0, 1, 99, 100, 60_000])
+def test_the_samples_that_fit_beside_a_segment_fit_to_the_byte(samples: int) -> None:
+    stem = build()
+    room = dataclasses.replace(ROOM, ram=stem.ram_bytes(ROOM) - 6_700 + 67 * samples)
+    assert stem.samples_that_fit(room) == samples
+    if samples:
+        assert stem.samples_that_fit(dataclasses.replace(room, ram=room.ram - 1)) == samples - 1
+        filled = dataclasses.replace(stem, samples_max=samples)
+        assert filled.ram_bytes(room) == room.ram
+
+
+def test_no_sample_fits_where_the_segment_does_not() -> None:
+    assert build().samples_that_fit(dataclasses.replace(ROOM, ram=5_000)) == 0
+
+
+def test_a_memory_of_its_own_is_the_shards_alone() -> None:
+    stem = build()
+    room = dataclasses.replace(ROOM, ram=stem.ram_bytes(ROOM) - 6_700, shard=6_700 + SHARD_GAP)
+    assert stem.shortage(room) is None
+    assert stem.samples_that_fit(room) == 100
+    tight = dataclasses.replace(room, shard=room.shard and room.shard - 1)
+    assert stem.samples_that_fit(tight) == 99
+    assert stem.shortage(tight) == (
+        "needs 6.5 KB of memory for its shard, 0.0 KB more than the 6.5 KB there are "
+        "(of its 100 samples 99 fit)"
+    )
+    # what RAM lacks then is not for the shard
+    short = stem.shortage(dataclasses.replace(room, ram=room.ram - 1))
+    assert short is not None
+    assert "samples" not in short
+
+
+def test_a_device_counts_to_16_bits_of_samples_and_so_no_more_fit() -> None:
+    assert build().samples_that_fit(dataclasses.replace(ROOM, ram=2**30)) == 65_535
+    assert build().samples_that_fit(dataclasses.replace(ROOM, shard=2**30)) == 65_535
+
+
 def test_a_deeper_cut_takes_more() -> None:
     sizes = [build(cut).ram_bytes(ROOM) for cut in CUTS]
     assert sizes == sorted(set(sizes))
@@ -56,7 +102,12 @@ def test_what_fits_fits_to_the_byte() -> None:
     exact = dataclasses.replace(ROOM, ram=needed, flash=flashed)
     assert stem.shortage(exact) is None
     assert stem.shortage(dataclasses.replace(exact, ram=needed - 1)) == (
-        f"needs {kib(needed)} of RAM, 0.0 KB more than the {kib(needed - 1)} there are"
+        f"needs {kib(needed)} of RAM, 0.0 KB more than the {kib(needed - 1)} there are "
+        "(of its 100 samples 99 fit)"
+    )
+    without = dataclasses.replace(exact, ram=needed - stem.shard_bytes)
+    assert stem.shortage(without) == (  # nothing is left for a shard
+        f"needs {kib(needed)} of RAM, 6.5 KB more than the {kib(without.ram)} there are"
     )
     assert stem.shortage(dataclasses.replace(exact, flash=flashed - 2048)) == (
         f"needs {kib(flashed)} of flash, 2.0 KB more than the {kib(flashed - 2048)} there are"
@@ -96,6 +147,12 @@ def test_a_builds_checksum_names_structure_and_settings_and_not_values() -> None
         dataclasses.replace(one, scale=(0.5,)),
         dataclasses.replace(one, shift=(0.5,)),
         dataclasses.replace(one, moves=True),
+        dataclasses.replace(one, levers=Levers(relu_bits=True)),
+        dataclasses.replace(one, levers=Levers(float16=True)),
+        dataclasses.replace(one, levers=Levers(recompute=0.25)),
+        dataclasses.replace(one, levers=Levers(recompute=0.5)),
+        dataclasses.replace(one, levers=Levers(fused_update=True)),
+        dataclasses.replace(one, levers=Levers(local_only=True)),
     ]
     assert len({b.checksum for b in (one, *others)}) == len(others) + 1
 

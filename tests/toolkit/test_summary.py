@@ -50,10 +50,13 @@ def test_a_round_is_logged_when_it_is_complete_with_its_clients_by_name(run: Run
     ]
 
 
+MEMORY: dict[str, int | bool | None] = {"ram_bytes": 9_000, "stack_used_bytes": None}
+
+
 def summary(name: str, lost: str | None = None) -> ClientSummary:
     """A client's line."""
     return ClientSummary(name, "microcontroller", "qemu-m4", "serial", "stem", 694, 8192, 30_000,
-                         1025.5, 2.5, 0.75, 0.875, lost)  # fmt: skip
+                         1025.5, 2.5, 0.75, 0.875, lost, MEMORY if lost else None)  # fmt: skip
 
 
 def test_the_summary_has_a_row_for_each_client_with_the_fields_of_its_class(run: Run) -> None:
@@ -64,12 +67,12 @@ def test_the_summary_has_a_row_for_each_client_with_the_fields_of_its_class(run:
     assert list(written) == ["wall_s", "rounds", "clients"]
     assert (written["wall_s"], written["rounds"]) == (12.5, 3)
     names = [f.name for f in fields(ClientSummary)]
-    assert [list(row) for row in written["clients"]] == [names[:-1], names]
+    assert [list(row) for row in written["clients"]] == [names[:-2], names]
     assert written["clients"][1] == {
         "name": "b", "tier": "microcontroller", "board": "qemu-m4", "link": "serial",
         "cut": "stem", "parameters": 694, "arena_bytes": 8192, "flash_bytes": 30_000,
         "bytes_up_per_sample": 1025.5, "ms_per_sample": 2.5, "exit_accuracy": 0.75,
-        "server_accuracy": 0.875, "lost": "no answer",
+        "server_accuracy": 0.875, "lost": "no answer", "memory": MEMORY,
     }  # fmt: skip
 
 

@@ -8,42 +8,47 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitee.arena import Schedule, Step, Variant, gradient, plan, schedule, softmax, verify
+from splitee.arena import plan, verify
 from splitee.capture import capture
 from splitee.graph import Graph
 from splitee.model import Network
-from toolkit.graphs import Builder, graphs, overlaps
+from splitee.schedule import schedule
+from splitee.steps import Levers, Variant, gradient, softmax
+from toolkit.graphs import (
+    Builder,
+    graphs,
+    levers,
+    of_variant,
+    overlaps,
+    replays,
+    resnet_graph,
+    running,
+)
 from toolkit.networks import CLASSES, SHAPE, resnet, segment_at
 
 CAPACITIES = st.integers(1, 5)
 CUTS = ("stem", "layer1", "layer2")
+# What is halved or made again is chosen for the whole network, whatever the cut.
+ALIKE = [Levers(), Levers(relu_bits=True), Levers(fused_update=True)]
 
 
-def resnet_graph(cut: str = "layer2") -> Graph:
-    """A narrow resnet8 with all its exits."""
-    return capture(segment_at(Network(resnet(), SHAPE), cut, upto=True), CLASSES)
-
-
-def running(steps: Schedule, variant: Variant) -> Schedule:
-    """Only what runs of a schedule, as a schedule."""
-    return replace(steps, steps=tuple(s for s in steps.steps if s.runs(variant)))
-
-
-def anywhere(steps: Schedule) -> list[Step]:
-    """The steps without the stages that they belong to."""
-    return [replace(step, stage=0, part="") for step in steps.steps]
-
-
-@given(graphs(), CAPACITIES, st.booleans())
+@given(graphs(), CAPACITIES, st.booleans(), st.sampled_from(ALIKE))
 @settings(deadline=None)
 def test_a_variant_runs_what_a_build_for_its_cut_alone_does(
-    graph: Graph, capacity: int, momentum: bool
+    graph: Graph, capacity: int, momentum: bool, pulled: Levers
 ) -> None:
-    every = schedule(graph, capacity, momentum, moves=True)
-    for variant in every.variants:
-        cut = graph.stages[variant.cut].cut
-        alone = schedule(graph.at(cut, upto=variant.upto), capacity, momentum)
-        assert anywhere(running(every, variant)) == anywhere(alone)
+    every = schedule(graph, capacity, momentum, moves=True, levers=pulled)
+    for variant, replay in replays(every, graph, pulled, moves=True).items():
+        part = of_variant(every, graph, variant)
+        alone = schedule(part, capacity, momentum, levers=pulled)
+        (expected,) = replays(alone, part, pulled).values()
+        # the same kernels on the same tensors in the same order
+        assert replay.log == expected.log
+        passes = [
+            sum(s.action == "pass" and not s.over for _, s in running(steps, v))
+            for steps, v in ((every, variant), (alone, alone.variants[0]))
+        ]
+        assert passes[0] == passes[1]  # and what has to be copied or added for it
 
 
 @given(graphs())
@@ -55,28 +60,30 @@ def test_there_is_a_variant_for_each_cut_with_its_exit_alone_and_with_all(graph:
     assert schedule(graph, 1, True).variants == (Variant(0, True),)
 
 
-@given(graphs(), CAPACITIES, st.booleans())
+@given(graphs(), CAPACITIES, st.booleans(), levers())
 @settings(deadline=None)
-def test_one_plan_is_sound_for_every_variant(graph: Graph, capacity: int, momentum: bool) -> None:
-    every = schedule(graph, capacity, momentum, moves=True)
+def test_one_plan_is_sound_for_every_variant(
+    graph: Graph, capacity: int, momentum: bool, pulled: Levers
+) -> None:
+    every = schedule(graph, capacity, momentum, moves=True, levers=pulled)
     found = plan(every)
     assert verify(every, found) == []
     for variant in every.variants:
-        assert overlaps(running(every, variant), found) == set()
+        assert overlaps(every, found, [variant]) == set()
 
 
-@given(graphs(), CAPACITIES, st.data())
+@given(graphs(), CAPACITIES, levers(), st.data())
 @settings(deadline=None)
 def test_verify_refutes_the_plans_under_which_buffers_overlap_in_any_variant(
-    graph: Graph, capacity: int, data: st.DataObject
+    graph: Graph, capacity: int, pulled: Levers, data: st.DataObject
 ) -> None:
-    every = schedule(graph, capacity, True, moves=True)
+    every = schedule(graph, capacity, True, moves=True, levers=pulled)
     sound = plan(every)
     name = data.draw(st.sampled_from(sorted(sound.offsets)))
     other = data.draw(st.sampled_from(sorted(sound.offsets)))
     offset = min(sound.offsets[other], (sound.size - every.sizes[name]) // 16 * 16)
     moved = replace(sound, offsets={**sound.offsets, name: offset})
-    pairs = [overlaps(running(every, variant), moved) for variant in every.variants]
+    pairs = [overlaps(every, moved, [variant]) for variant in every.variants]
     assert bool(verify(every, moved)) == any(pairs)
 
 
@@ -113,9 +120,12 @@ def test_the_servers_gradient_is_taken_where_the_cut_is_and_nowhere_else(cut: st
     every = schedule(resnet_graph(), 3, True, moves=True)
     number = CUTS.index(cut)
     point = ("stem.2", "layer1.0.relu2", "layer2.0.relu2")[number]
-    steps = running(every, Variant(number, True)).steps
-    assert [s.writes for s in steps if s.action == "weigh"] == [(gradient(point),)]
-    assert not any(gradient(point) in s.clears for s in steps)
+    steps = [step for _, step in running(every, Variant(number, True))]
+    (weigh,) = [i for i, s in enumerate(steps) if s.action == "weigh"]
+    assert steps[weigh].writes == (gradient(point),)
+    touching = [i for i, s in enumerate(steps) if gradient(point) in s.touched]
+    assert touching[0] == weigh  # what the exit has to say comes on top of it
+    assert [s.action for s in steps if gradient(point) in s.adds] == ["pass"]
 
 
 def test_with_all_exits_the_other_cuts_take_no_room_in_the_arena() -> None:

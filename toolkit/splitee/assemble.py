@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -22,6 +22,7 @@ from splitee.model import Cut, Network, Segment, Tail
 from splitee.norms import freeze
 from splitee.place import Build, Room, deepest_that_fits
 from splitee.server import Server
+from splitee.steps import Levers
 from splitee.strategies import Averaging, Sequential
 
 FIRMWARE_CAPACITY = 8  # samples that firmware holds at once, where the fleet file does not say
@@ -122,8 +123,34 @@ class Assembly:
         """What a client would be built with, up to a cut.
 
         moves: with every cut up to it, and their exits, so that the client's can move.
+        Raises FleetError where a setting of the fleet rules one of the client's levers out.
         """
         return self._build(table, self._segment(cut, moves=moves), moves)
+
+    def _levers(self, table: ClientTable) -> Levers:
+        """The client's levers, if the fleet allows them."""
+        levers, fleet = table.levers, self.fleet
+        o = fleet.optimizer
+        pulled = [f.name for f in fields(levers) if getattr(levers, f.name)]
+        refused = [
+            (bool(pulled) and not self.boards[table.name].firmware, pulled,
+             f"{table.board} runs no firmware: leave it out"),
+            (levers.fused_update and o.momentum != 0, ["fused_update"],
+             "the update is fused behind a layer's gradient, which has no momentum: take "
+             "momentum = 0"),
+            (levers.fused_update and o.clip is not None, ["fused_update"],
+             "clipping needs all gradients before any weight learns: take no clip"),
+            (levers.fused_update and self.capacity(table) < fleet.batch, ["fused_update"],
+             f"a batch has to be one part: take capacity = {fleet.batch}"),
+            (levers.local_only and fleet.gradient != "local", ["local_only"],
+             f'the server\'s gradient has no room with it, and gradient = "{fleet.gradient}"'),
+            (levers.local_only and table.deepest is not None, ["local_only"],
+             "a cut that moves needs the gradient's room: leave out deepest"),
+        ]  # fmt: skip
+        for is_refused, names, why in refused:
+            if is_refused:
+                raise FleetError(f'client "{table.name}": {names[0]}: {why}')
+        return levers
 
     def _build(self, table: ClientTable, segment: Segment, moves: bool) -> Build:
         return Build(
@@ -134,6 +161,7 @@ class Assembly:
             scale=self.dataset.scale,
             shift=self.dataset.shift,
             moves=moves,
+            levers=self._levers(table),
         )
 
     def builds(self, table: ClientTable, *, moves: bool = False) -> list[Build]:
@@ -247,19 +275,25 @@ class Assembly:
         """The fleet's strategy over clients (a subset of the fleet's, in its order)."""
         samples = {c.name: len(self._shards[c.name]) for c in clients}
         batch, aggregate, period = self.fleet.batch, self.fleet.aggregate, self.fleet.period
+        rate = self.fleet.rate
         if self.fleet.strategy == "sequential":
-            server = self._server([m.cut for m in self.members], device)
+            server = self._server([m.cut for m in self.members], device, "the server")
             return Sequential(
-                clients, server, samples, batch=batch, aggregate=aggregate, period=period
+                clients, server, samples, batch=batch, aggregate=aggregate, period=period, rate=rate
             )
         cuts = {m.name: m.cut for m in self.members}
-        servers = {c.name: self._server([cuts[c.name]], device) for c in clients}
-        return Averaging(clients, servers, samples, batch=batch, aggregate=aggregate, period=period)
+        servers = {
+            c.name: self._server([cuts[c.name]], device, f'the server of client "{c.name}"')
+            for c in clients
+        }
+        return Averaging(
+            clients, servers, samples, batch=batch, aggregate=aggregate, period=period, rate=rate
+        )
 
-    def _server(self, cuts: Sequence[Cut], device: str) -> Server:
+    def _server(self, cuts: Sequence[Cut], device: str, name: str) -> Server:
         model: nn.Module = copy.deepcopy(self._model)
         tail = Tail(Network(model, self.dataset.shape), cuts)
-        return Server(tail, self.fleet.settings, device)
+        return Server(tail, self.fleet.settings, device, name=name)
 
 
 def _parts(samples: int, batch: int, capacity: int) -> set[int]:

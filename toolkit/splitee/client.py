@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from splitee import step
 from splitee.data import Images, draw_order
+from splitee.errors import NotFinite
 from splitee.model import Segment
 from splitee.norms import frozen_norms
 from splitee.ops import Array
@@ -26,6 +28,7 @@ class Settings:
     weight_decay: float = 0.0
     exit_weight: float = 1.0  # of the exits' gradient in the trunk
     server_weight: float = 0.0  # of the server's gradient in the trunk
+    clip: float = 0.0  # largest norm of all gradients of a step together; 0: any
 
     @property
     def wants_gradient(self) -> bool:
@@ -117,7 +120,14 @@ class Client(Protocol):
         """Runs the last part backward; gradient is dLoss/dActivations, where it wants one."""
 
     def step(self) -> Stepped:
-        """Updates its weights with the gradients of the whole batch."""
+        """Updates its weights with the gradients of the whole batch.
+
+        Raises NotFinite where one of these, or the loss, is not finite: it stays as it was before
+        the batch, but for its place in the data order.
+        """
+
+    def set_rate(self, rate: float) -> None:
+        """Learns at this rate from the next step on; all else of its settings stays."""
 
     def infer(self, images: Array) -> tuple[Tensor, Tensor]:
         """Activations and logits of the exit at the cut, of at most capacity uint8 images."""
@@ -191,6 +201,7 @@ class LocalClient:
         self.place = Place(0, 0)
         self._order: Array = np.zeros(0, np.int64)
         self._pass: _Pass | None = None
+        self._kept = step.Kept()
         self._loss = 0.0
         self._correct = 0
 
@@ -208,6 +219,10 @@ class LocalClient:
                 momentum=settings.momentum,
                 weight_decay=settings.weight_decay,
             )
+
+    def set_rate(self, rate: float) -> None:
+        """Learns at this rate from the next step on."""
+        self.settings = replace(self.settings, learning_rate=rate)
 
     def start(self, state: State, images: Images) -> None:
         """Takes over shard and state."""
@@ -229,17 +244,18 @@ class LocalClient:
 
     def load_state(self, state: State) -> None:
         """Replaces weights, momentum and place; at the first step no layer has momentum."""
+        self.discard()
         if state.place.steps == 0:
             self._optimizer.state.clear()
         self.load_weights(state.weights)
         self.load_momentum(state.momentum)
         self.place = state.place
         self._order = draw_order(state.place.samples, state.place.seed, state.place.epoch)
-        self.discard()
 
     def discard(self) -> None:
         """Forgets a batch that was not finished."""
         self._optimizer.zero_grad()
+        self._kept.restore()
         for norm in frozen_norms(self.segment):
             norm.forget()
         self._pass = None
@@ -287,6 +303,7 @@ class LocalClient:
         part = self.upcoming(count)
         self.place = replace(self.place, position=self.place.position + len(part))
         labels = torch.as_tensor(part.y, device=self.device).long()
+        self._kept.keep(self.segment)
         points = self.segment.trunk(self._input(part.x))
         exit_weight = self.settings.exit_weight
         loss = torch.zeros((), device=self.device)
@@ -316,8 +333,16 @@ class LocalClient:
 
     def step(self) -> Stepped:
         """One SGD step; parameters that nothing taught keep still."""
+        parameters = self._parameters(every=False)
+        try:
+            step.check(f'client "{self.name}"', parameters, self._loss)
+        except NotFinite:
+            self.discard()
+            raise
+        step.clip(parameters.values(), self.settings.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._kept.forget()
         for norm in frozen_norms(self.segment):
             norm.follow()
         self.place = replace(self.place, steps=self.place.steps + 1)

@@ -8,6 +8,7 @@ SpliteeError
 ├── BuildError          the firmware did not build
 ├── MissingTool         a program that is needed is not installed
 ├── CheckpointError     a run cannot be written or read
+├── NotFinite           a gradient or a loss is infinite or no number: the step was not taken
 └── LinkError           a device cannot be reached
     ├── Timeout         no answer in time
     ├── LinkClosed      the other end is gone
@@ -48,6 +49,35 @@ class MissingTool(SpliteeError):
 
 class CheckpointError(SpliteeError):
     """A run cannot be written or read."""
+
+
+class NotFinite(SpliteeError):
+    """A gradient or a loss is infinite or no number: the step was not taken."""
+
+    def __init__(
+        self,
+        owner: str,
+        tensor: str = "",
+        place: int = 0,
+        round: int = 0,
+        *,
+        taken_back: bool = False,
+    ) -> None:
+        """owner: whose step. tensor, and place in it: of the first such gradient; "": the loss.
+
+        taken_back: whether it had learnt something, and is where the round began again.
+        """
+        what = f"the gradient of {tensor}" if tensor else "the loss"
+        when = f" in round {round}" if round else ""
+        outcome = "it is where the round began again" if taken_back else "nothing was changed"
+        super().__init__(
+            f"{owner}: {what} is not finite{when}: {outcome}; take a smaller learning_rate or clip"
+        )
+        self.owner, self.tensor, self.place, self.taken_back = owner, tensor, place, taken_back
+
+    def in_round(self, round: int) -> NotFinite:
+        """The same, which says when."""
+        return NotFinite(self.owner, self.tensor, self.place, round, taken_back=self.taken_back)
 
 
 class LinkError(SpliteeError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from splitee.client import Settings, trunk_weights
 from splitee.errors import FleetError
+from splitee.steps import Levers
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -42,9 +45,15 @@ class DataTable(_Table):
 class OptimizerTable(_Table):
     """SGD, on clients and server alike."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05  # of the first round
+    # cosine: down to 0 over all rounds; step: times step_factor every step_every rounds
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    step_every: Annotated[int, Field(ge=1)] = 5
+    step_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    # largest norm of all gradients of a client together, or of a server; None: any
+    clip: Annotated[float, Field(gt=0)] | None = None
 
 
 class ClientTable(_Table):
@@ -58,7 +67,18 @@ class ClientTable(_Table):
     # build, and "auto" begins there; None: only the client's, with the exits that the fleet has
     deepest: str | int | None = None
     capacity: Annotated[int, Field(ge=1, le=4096)] | None = None  # samples held at once
+    # what saves memory in firmware, each at its price (Levers)
+    relu_bits: bool = False
+    float16: bool = False
+    recompute: Annotated[float, Field(ge=0, le=10)] = 0.0
+    fused_update: bool = False
+    local_only: bool = False
     share: Annotated[float, Field(gt=0)] = 1.0  # of the training data, relative to the others
+
+    @property
+    def levers(self) -> Levers:
+        """What saves memory in its segment."""
+        return Levers(**{f.name: getattr(self, f.name) for f in fields(Levers)})
 
 
 class Fleet(_Table):
@@ -94,7 +114,18 @@ class Fleet(_Table):
         """What clients and server learn with."""
         o = self.optimizer
         weights = trunk_weights(self.gradient, self.exit_weight)
-        return Settings(o.learning_rate, o.momentum, o.weight_decay, *weights)
+        return Settings(o.learning_rate, o.momentum, o.weight_decay, *weights, clip=o.clip or 0.0)
+
+    def rate(self, number: int) -> float:
+        """The learning rate of a round, the first of which has the number 1."""
+        o, before = self.optimizer, number - 1  # rounds
+        match o.schedule:
+            case "constant":
+                return o.learning_rate
+            case "cosine":
+                return o.learning_rate * (1 + math.cos(math.pi * before / self.rounds)) / 2
+            case "step":
+                return o.learning_rate * o.step_factor ** (before // o.step_every)
 
 
 def read(path: Path) -> Fleet:

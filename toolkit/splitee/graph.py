@@ -128,6 +128,10 @@ class Graph:
         ends = accumulate((w.size for w in self.weights.values()), initial=0)
         return dict(zip(self.weights, ends, strict=False))
 
+    def parameter_at(self, place: int) -> str:
+        """The parameter whose values that place of the vector is among."""
+        return [name for name in self.parameters if self.places[name] <= place][-1]
+
     def ranges(self, names: Iterable[str]) -> list[slice]:
         """The parts of that vector in which those weights lie, neighbours as one part.
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from splitee import arena
 from splitee.errors import CutError
 from splitee.graph import Graph, Stage
+from splitee.schedule import schedule
+from splitee.steps import Levers, Schedule
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,26 @@ class Room:
     code: int  # flash of the firmware without a segment
     static: int  # RAM of the firmware without a segment: buffers, tables
     stack: int
+    shard: int | None = None  # a memory for the shard alone; None: it is in RAM with the rest
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a firmware with its segment takes beside flash, by part: planned or measured; bytes."""
+
+    arena: int
+    weights: int  # and statistics
+    labels: int
+    shard: int  # records, and their order
+    static: int  # variables of the firmware itself
+    stack: int  # set aside; 0 where the system gives one
+    apart: bool = False  # whether the shard lies in a memory of its own
+
+    @property
+    def ram(self) -> int:
+        """All that is in RAM."""
+        segment = self.arena + self.weights + self.labels
+        return segment + self.static + self.stack + (0 if self.apart else self.shard)
 
 
 @dataclass(frozen=True)
@@ -35,6 +58,7 @@ class Build:
     scale: tuple[float, ...]  # per channel: input = byte * scale + shift
     shift: tuple[float, ...]
     moves: bool = False  # whether the cut can be at any of the graph's exits, or only at the last
+    levers: Levers = field(default_factory=Levers)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -56,9 +80,11 @@ class Build:
         )
 
     @cached_property
-    def schedule(self) -> arena.Schedule:
+    def schedule(self) -> Schedule:
         """The steps of one pass."""
-        return arena.schedule(self.graph, self.capacity, self.momentum, moves=self.moves)
+        return schedule(
+            self.graph, self.capacity, self.momentum, moves=self.moves, levers=self.levers
+        )
 
     @cached_property
     def plan(self) -> arena.Plan:
@@ -77,6 +103,7 @@ class Build:
             momentum=int(self.momentum),
             samples_max=self.samples_max,
             moves=int(self.moves),
+            **asdict(self.levers),
             constants=int.from_bytes(constants, "little"),
         )
 
@@ -105,10 +132,29 @@ class Build:
         """Weights and statistics: in RAM, with a copy of the initial values in flash."""
         return 4 * self.graph.weight_size
 
+    def memory(self, room: Room) -> Memory:
+        """What it takes of a board's memory."""
+        return Memory(
+            arena=self.arena_bytes,
+            weights=self.weight_bytes,
+            labels=self.capacity,
+            shard=self.shard_bytes,
+            static=room.static,
+            stack=room.stack,
+            apart=room.shard is not None,
+        )
+
     def ram_bytes(self, room: Room) -> int:
         """Everything that the device keeps in RAM."""
-        segment = self.arena_bytes + self.weight_bytes + self.shard_bytes + self.capacity
-        return segment + room.static + room.stack
+        return self.memory(room).ram
+
+    def samples_that_fit(self, room: Room) -> int:
+        """How many samples the shard could have: beside all else in RAM, or in its own memory."""
+        if room.shard is None:
+            free = room.ram - (self.ram_bytes(room) - self.shard_bytes)
+        else:
+            free = room.shard - SHARD_GAP
+        return min(max(0, free // (self.record_size + 2)), SAMPLES_MAX)
 
     def flash_bytes(self, room: Room) -> int:
         """Everything that is flashed (an upper bound: the code is measured with all kernels)."""
@@ -116,22 +162,76 @@ class Build:
         return room.code + self.weight_bytes + STEP_CODE * steps
 
     def shortage(self, room: Room) -> str | None:
-        """What is missing, as 'needs 81 KB of RAM, 17 KB more than …'; None when it fits."""
-        for what, needed, there in (
-            ("RAM", self.ram_bytes(room), room.ram),
-            ("flash", self.flash_bytes(room), room.flash),
+        """What is missing, as 'needs 81 KB of RAM, 17 KB more than …'; None when it fits.
+
+        Where all but the shard fits, it says how many samples do.
+        """
+        apart = room.shard is not None
+        for what, needed, there, has_shard in (
+            ("RAM", self.ram_bytes(room), room.ram, not apart),
+            ("memory for its shard", self.shard_bytes + SHARD_GAP, room.shard, apart),
+            ("flash", self.flash_bytes(room), room.flash, False),
         ):
-            if needed > there:
+            if there is not None and needed > there:
+                fitting = self.samples_that_fit(room) if has_shard else 0
+                shard = f" (of its {self.samples_max:,} samples {fitting:,} fit)" if fitting else ""
                 return (
                     f"needs {kib(needed)} of {what}, {kib(needed - there)} more than the "
-                    f"{kib(there)} there are"
+                    f"{kib(there)} there are{shard}"
                 )
         return None
 
 
+@dataclass(frozen=True)
+class Effect:
+    """What another value of one setting would do to a build."""
+
+    setting: str
+    now: str  # the value that it has
+    other: str
+    arena_bytes: int  # with the other value
+    price: str  # of what saves memory
+
+
+def effects(build: Build) -> list[Effect]:
+    """What each lever does to a build: pulled where it is not, and let go where it is."""
+    found = []
+    if build.capacity > 1:
+        fewer = max(1, build.capacity // 2)
+        arena = replace(build, capacity=fewer).arena_bytes
+        price = "a batch takes more parts"
+        found.append(Effect("capacity", str(build.capacity), str(fewer), arena, price))
+    for name, price in LEVER_PRICES.items():
+        value = getattr(build.levers, name)
+        other: Any = (1.0 if not value else 0.0) if name == "recompute" else not value
+        if name == "local_only" and build.moves:
+            continue
+        changed = replace(build, levers=replace(build.levers, **{name: other}))
+        pulled = build if value else changed
+        again = pulled.schedule.macs_again / pulled.graph.macs()[0]
+        now, then = (str(v).lower() for v in (value, other))
+        found.append(Effect(name, now, then, changed.arena_bytes, price.format(again=again)))
+    return found
+
+
+LEVER_PRICES = {
+    "relu_bits": "none: exact",
+    "float16": "activations within 2^-11, gradients within 0.5 %",
+    "recompute": "{again:.0%} of the forward pass again; exact",
+    "fused_update": "capacity = batch, momentum = 0, no clip; a NaN takes the round back; exact",
+    "local_only": 'gradient = "local" only; exact',
+}
+
 # Flash of one generated step: a call with its arguments and, for a window, its shape. Measured at
 # -O3 on the M4F as 40 to 75 bytes; a test holds flash_bytes against real builds.
 STEP_CODE = 96
+
+# Places in the data order are 16-bit numbers, on the wire too.
+SAMPLES_MAX = 0xFFFF
+
+# In a memory of its own, the shard's order begins at an even address behind its records, or they at
+# a word behind it.
+SHARD_GAP = 3
 
 
 def kib(size: int) -> str:

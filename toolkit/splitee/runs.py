@@ -34,12 +34,13 @@ class ClientSummary:
     cut: str
     parameters: int
     arena_bytes: int
-    flash_bytes: int  # 0 where nothing is flashed
+    flash_bytes: int  # 0 where nothing is flashed, or what was built elsewhere
     bytes_up_per_sample: float  # training batches, frames included
     ms_per_sample: float  # training, waiting included
     exit_accuracy: float
     server_accuracy: float
     lost: str | None = None  # why it did not finish
+    memory: dict[str, int | bool | None] | None = None  # that its firmware takes, by part
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from splitee import step
 from splitee.client import Settings
 from splitee.model import Tail
 
@@ -15,16 +16,27 @@ from splitee.model import Tail
 class Server:
     """The stages behind the cuts, and their optimiser; entered at any client's cut."""
 
-    def __init__(self, tail: Tail, settings: Settings, device: str = "cpu") -> None:
+    def __init__(
+        self, tail: Tail, settings: Settings, device: str = "cpu", *, name: str = "the server"
+    ) -> None:
+        """name: what errors call it."""
         self.tail = tail.to(device).train()
         self.device = device
+        self.name = name
+        self._clip = settings.clip
         self._optimizer = torch.optim.SGD(
             self.tail.parameters(),
             lr=settings.learning_rate,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
+        self._kept = step.Kept()
         self._loss = 0.0
+
+    def set_rate(self, rate: float) -> None:
+        """Learns at this rate from the next step on."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
 
     def learn(
         self, activations: Tensor, labels: Tensor, cut: str, batch: int, *, gradient: bool
@@ -34,22 +46,30 @@ class Server:
         Returns dLoss/dActivations, of the loss as a mean over the whole batch, when gradient is
         true. Nothing is updated before ``step``.
         """
+        self._kept.keep(self.tail)
         x = activations.to(self.device).requires_grad_(gradient)
         loss = F.cross_entropy(self.tail(x, cut), labels.to(self.device), reduction="sum") / batch
         torch.autograd.backward(loss)
         self._loss += loss.item()
         return x.grad
 
+    def check(self) -> None:
+        """Raises NotFinite where a gradient of this batch, or its loss, is not finite."""
+        step.check(self.name, self.tensors(), self._loss)
+
     def step(self) -> float:
         """Updates the stages that this batch went through; returns the batch's mean loss, nats."""
+        step.clip(self.tail.parameters(), self._clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._kept.forget()
         loss, self._loss = self._loss, 0.0
         return loss
 
     def discard(self) -> None:
-        """Forgets the gradients of a batch that was not finished."""
+        """Forgets a batch that was not finished."""
         self._optimizer.zero_grad()
+        self._kept.restore()
         self._loss = 0.0
 
     @torch.no_grad()

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from splitee.client import Client, State
-from splitee.errors import LinkError
+from splitee.errors import LinkError, NotFinite
 from splitee.ops import Array
 from splitee.server import Server
 from splitee.train import ClientDone, ClientLost, Event, RoundDone, train_pass
 
+Rate = Callable[[int], float]  # the learning rate of a round
 Copy = Mapping[str, tuple[Tensor, int]]  # an owner's layers: tensor and samples that trained it
 
 
@@ -60,6 +61,7 @@ class _Rounds:
         batch: int,
         aggregate: str,
         period: int,
+        rate: Rate | None,
     ) -> None:
         self.clients = list(clients)
         self.states: dict[str, State] = {}
@@ -68,17 +70,28 @@ class _Rounds:
         self._batch = batch
         self._aggregate = aggregate
         self._period = period
+        self._rate = rate
 
     def _pass(
         self, client: Client, server: Server, number: int, emit: Callable[[Event], None]
     ) -> ClientDone | ClientLost:
-        """One client's pass; a lost client leaves no half-finished batch behind."""
+        """One client's pass, at the rate of the round.
+
+        A lost client leaves no half-finished batch behind. Raises NotFinite, with the round, where
+        there was nothing to learn from.
+        """
         try:
+            if self._rate is not None:
+                client.set_rate(self._rate(number))
+                server.set_rate(self._rate(number))
             samples = self._samples[client.name]
             return train_pass(client, server, number, samples, self._batch, emit)
         except LinkError as error:
             server.discard()
             return ClientLost(client.name, number, str(error))
+        except NotFinite as error:
+            server.discard()
+            raise error.in_round(number) from error
 
     def _drop(self, name: str) -> None:
         self.clients = [c for c in self.clients if c.name != name]
@@ -121,9 +134,13 @@ class Sequential(_Rounds):
         batch: int,
         aggregate: str = "server",
         period: int = 1,
+        rate: Rate | None = None,
     ) -> None:
-        """samples per client and round; server enters at every client's cut."""
-        super().__init__(clients, samples, batch, aggregate, period)
+        """samples per client and round; server enters at every client's cut.
+
+        rate: None leaves clients and server at that of their settings.
+        """
+        super().__init__(clients, samples, batch, aggregate, period, rate)
         self._server = server
 
     def server(self, client: str) -> Server:
@@ -172,9 +189,13 @@ class Averaging(_Rounds):
         batch: int,
         aggregate: str = "server",
         period: int = 1,
+        rate: Rate | None = None,
     ) -> None:
-        """samples per client and round; servers by client, each entered at that client's cut."""
-        super().__init__(clients, samples, batch, aggregate, period)
+        """samples per client and round; servers by client, each entered at that client's cut.
+
+        rate: None leaves clients and servers at that of their settings.
+        """
+        super().__init__(clients, samples, batch, aggregate, period, rate)
         self._servers = dict(servers)
 
     def server(self, client: str) -> Server:

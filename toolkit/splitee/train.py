@@ -14,6 +14,7 @@ from torch import Tensor
 
 from splitee.client import Client, State
 from splitee.data import Images
+from splitee.errors import NotFinite
 from splitee.exits import entropy
 from splitee.ops import Array
 from splitee.server import Server
@@ -79,10 +80,15 @@ class Strategy(Protocol):
 
 
 def train_batch(client: Client, server: Server, batch: int) -> BatchDone:
-    """One step of both halves on the client's next batch samples, in parts of its capacity."""
+    """One step of both halves on the client's next batch samples, in parts of its capacity.
+
+    Raises NotFinite where a gradient or the loss of a half is not; neither takes a step then.
+    """
     left = batch
+    sound: list[Tensor] = []
     while left:
         part = client.forward(min(left, client.capacity), batch)
+        sound.append(part.activations.isfinite().all())
         gradient = server.learn(
             part.activations,
             part.labels,
@@ -92,6 +98,12 @@ def train_batch(client: Client, server: Server, batch: int) -> BatchDone:
         )
         client.backward(gradient)
         left -= len(part.labels)
+    try:
+        server.check()  # before the client's step: both halves take theirs, or neither does
+    except NotFinite:
+        if not all(sound):
+            client.step()  # it was sent what is not finite: the client says where that began
+        raise
     stepped = client.step()
     return BatchDone(client.name, batch, stepped.loss, stepped.correct, server.step())
 

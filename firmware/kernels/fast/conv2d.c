@@ -8,7 +8,7 @@ SELDOM void fast_conv2d_forward(float *y, const float *x, const float *w, const 
                                 const struct window *s, size_t n, float *scratch) {
     const size_t room = fast_conv2d_scratch(s);
     const int does1 = conv1_does(s, room);
-    if (!does1 && !conv3_does(s, room)) {
+    if (SOFT_FLOAT || (!does1 && !conv3_does(s, room))) {
         conv2d_forward(y, x, w, b, s, n);
         return;
     }
@@ -27,7 +27,7 @@ SELDOM void fast_conv2d_backward(float *dx, float *dw, float *db, const float *d
                                  const float *w, const struct window *s, size_t n, float *scratch) {
     const size_t room = fast_conv2d_scratch(s);
     const int does1 = conv1_does(s, room);
-    if (!does1 && (!conv3_does(s, room) || (dx && !conv3_does_input(s, room)))) {
+    if (SOFT_FLOAT || (!does1 && (!conv3_does(s, room) || (dx && !conv3_does_input(s, room))))) {
         conv2d_backward(dx, dw, db, dy, x, w, s, n);
         return;
     }
@@ -35,9 +35,9 @@ SELDOM void fast_conv2d_backward(float *dx, float *dw, float *db, const float *d
     for (size_t plane = 0; db && plane < n * s->out_channels; plane++) {
         db[plane % s->out_channels] += span_sum(dy + plane * area, area);
     }
-    if (does1) {
+    if (dw && does1) {
         conv1_backward_weight(dw, dy, x, s, n, scratch, room);
-    } else {
+    } else if (dw) {
         conv3_backward_weight(dw, dy, x, s, n, scratch, room);
     }
     if (dx && does1) {

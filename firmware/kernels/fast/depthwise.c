@@ -78,7 +78,7 @@ SELDOM void fast_depthwise_forward(float *y, const float *x, const float *w, con
     const struct window one = fast_depthwise_channel(s);
     const size_t area = p.height * p.width, seen_area = p.seen_height * p.seen_width;
     const size_t taps = (size_t)s->kernel_height * s->kernel_width;
-    const int fast = is_3x3(s) && fits(&p);
+    const int fast = !SOFT_FLOAT && is_3x3(s) && fits(&p);
     for (size_t plane = 0; plane < n * s->in_channels; plane++) {
         const size_t channel = plane % s->in_channels;
         if (fast) {
@@ -109,11 +109,14 @@ SELDOM void fast_depthwise_backward(float *dx, float *dw, float *db, const float
                                 .stride = 1,
                                 .scratch = scratch,
                                 .room = p.room};
-    const int fast = is_3x3(s) && fits(&p) && (!dx || (p.stride == 1 && fits(&back)));
+    const int fast =
+        !SOFT_FLOAT && is_3x3(s) && fits(&p) && (!dx || (p.stride == 1 && fits(&back)));
     for (size_t plane = 0; plane < n * s->in_channels; plane++) {
         const size_t channel = plane % s->in_channels;
         if (fast) {
-            weigh_plane(&p, dw + 9 * channel, dy, x);
+            if (dw) {
+                weigh_plane(&p, dw + 9 * channel, dy, x);
+            }
             if (db) {
                 db[channel] += span_sum(dy, area);
             }
@@ -125,11 +128,11 @@ SELDOM void fast_depthwise_backward(float *dx, float *dw, float *db, const float
                 see_plane(&back, dx, dy, turned);
             }
         } else {
-            conv2d_backward(dx, dw + taps * channel, db ? db + channel : NULL, dy, x,
+            conv2d_backward(dx, dw ? dw + taps * channel : NULL, db ? db + channel : NULL, dy, x,
                             w + taps * channel, &one, 1);
         }
         dx = dx ? dx + seen_area : dx;
         dy += area;
-        x += seen_area;
+        x = x ? x + seen_area : x;
     }
 }

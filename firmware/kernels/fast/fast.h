@@ -9,6 +9,14 @@
 
 #include "kernels/kernels.h" // struct window
 
+// Whether every multiplication is a call of the compiler's library: convolutions are then plain,
+// since that never multiplies what is padding.
+#if (defined(__arm__) && !defined(__ARM_FP)) || (defined(__riscv) && !defined(__riscv_flen))
+#define SOFT_FLOAT 1
+#else
+#define SOFT_FLOAT 0
+#endif
+
 // Scratch is room for copies with padding around them: more makes fewer pieces of the work. Twice
 // as much as this saves 2 % more of the instructions, half of it costs 4 %.
 #define FAST_SCRATCH_MAX 1024u

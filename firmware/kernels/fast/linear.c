@@ -65,22 +65,24 @@ void fast_linear_backward(float *dx, float *dw, float *db, const float *dy, cons
                           const float *w, size_t in, size_t out, size_t n) {
     SINGLES8(x, s0, s1, s2, s3, s4, s5, s6, s7);
     SINGLES8(g, s8, s9, s10, s11, s12, s13, s14, s15);
-    for (; n > 0; n--, x += in, dy += out) {
+    for (; n > 0; n--, dy += out) {
         for (size_t o = 0; o < out; o += 2) {
             // If there is no second output, it is the first one again with no gradient.
             const size_t row = o + 1 < out ? in : 0;
             const float dy0 = dy[o], dy1 = o + 1 < out ? dy[o + 1] : 0;
-            float *to0 = dw + o * in, *to1 = to0 + row;
-            const float *from = x;
-            for (size_t i = in / 8; i > 0; i--) {
-                TAKE8(x, from);
-                OUTER8(to0, dy0);
-                OUTER8(to1, dy1);
-            }
-            ROLLED for (size_t i = in % 8; i > 0; i--) {
-                TAKE1(x, from);
-                *to0++ += dy0 * x0;
-                *to1++ += dy1 * x0;
+            if (dw) {
+                float *to0 = dw + o * in, *to1 = to0 + row;
+                const float *from = x;
+                for (size_t i = in / 8; i > 0; i--) {
+                    TAKE8(x, from);
+                    OUTER8(to0, dy0);
+                    OUTER8(to1, dy1);
+                }
+                ROLLED for (size_t i = in % 8; i > 0; i--) {
+                    TAKE1(x, from);
+                    *to0++ += dy0 * x0;
+                    *to1++ += dy1 * x0;
+                }
             }
             if (dx) {
                 const float *w0 = w + o * in, *w1 = w0 + row;
@@ -99,6 +101,7 @@ void fast_linear_backward(float *dx, float *dw, float *db, const float *dy, cons
         for (size_t o = 0; db && o < out; o++) {
             db[o] += dy[o];
         }
+        x = x ? x + in : x;
         dx = dx ? dx + in : dx;
     }
 }

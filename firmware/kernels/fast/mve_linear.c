@@ -101,17 +101,19 @@ static void back(float *dx, const float *dy, const float *const *w, size_t in) {
 
 void fast_linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
                           const float *w, size_t in, size_t out, size_t n) {
-    for (; n > 0; n--, x += in, dy += out) {
+    for (; n > 0; n--, dy += out) {
         for (size_t o = 0; o < out; o += 4) {
             const float *from[4];
-            float *to[4], g[4];
+            float *to[4] = {0}, g[4];
             for (size_t i = 0; i < 4; i++) {
                 const size_t row = o + tile_lane(i, out - o);
                 from[i] = w + row * in;
-                to[i] = dw + row * in;
+                to[i] = dw ? dw + row * in : dw;
                 g[i] = o + i < out ? dy[row] : 0;
             }
-            outer(to, g, x, in);
+            if (dw) {
+                outer(to, g, x, in);
+            }
             if (dx) {
                 back(dx, g, from, in);
             }
@@ -119,6 +121,7 @@ void fast_linear_backward(float *dx, float *dw, float *db, const float *dy, cons
         for (size_t o = 0; db && o < out; o++) {
             db[o] += dy[o];
         }
+        x = x ? x + in : x;
         dx = dx ? dx + in : dx;
     }
 }

@@ -5,6 +5,7 @@
 #include "core/port.h"          // what this file implements
 #include "ports/mps2/machine.h" // addresses, clocks
 #include "ports/ring.h"         // bytes received
+#include "ports/stack.h"        // what is left of its paint
 
 #define BAUD_RATE 115200u
 
@@ -102,4 +103,8 @@ uint32_t port_micros(void) {
     }
     __asm volatile("cpsie i" ::: "memory");
     return turn * TURN_MICROS + (TURN_TICKS - 1 - value) / TICKS_PER_MICRO;
+}
+
+uint32_t port_stack_used(void) {
+    return stack_used();
 }

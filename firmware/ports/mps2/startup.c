@@ -5,9 +5,10 @@
 
 #include "ports/mps2/machine.h" // where UART0's interrupt stands
 #include "ports/mps2/mps2.h"    // the interrupts
+#include "ports/stack.h"        // its paint
 
 // Places that mps2.ld defines.
-extern uint8_t data_start[], data_end[], data_load[], bss_start[], bss_end[], stack_top[];
+extern uint8_t data_start[], data_end[], data_load[], bss_start[], bss_end[];
 
 int main(int argc, char **argv);
 
@@ -22,6 +23,7 @@ _Noreturn void startup_fault(void) {
 }
 
 _Noreturn void startup_reset(void) {
+    stack_paint();
 #ifdef __ARM_FP
     volatile uint32_t *const cpacr = (volatile uint32_t *)0xE000ED88u;
     *cpacr |= 0xFu << 20; // the FPU, and vectors with it, are off after reset

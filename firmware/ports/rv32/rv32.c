@@ -2,8 +2,9 @@
 // over its 16550 UART, time from the core's timer.
 #include "ports/rv32/rv32.h"
 
-#include "core/port.h"  // what this file implements
-#include "ports/ring.h" // bytes received
+#include "core/port.h"   // what this file implements
+#include "ports/ring.h"  // bytes received
+#include "ports/stack.h" // what is left of its paint
 
 // 16550 UART. Its FIFO stays off: switching it on would lose what was sent before.
 struct uart {
@@ -103,4 +104,8 @@ uint32_t port_micros(void) {
         low = TIME[0];
     } while (high != TIME[1]);
     return (uint32_t)(((uint64_t)high << 32 | low) / TICKS_PER_MICRO);
+}
+
+uint32_t port_stack_used(void) {
+    return stack_used();
 }

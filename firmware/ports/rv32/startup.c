@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "ports/rv32/rv32.h" // registers, the interrupt
+#include "ports/stack.h"     // its paint
 
 // Places that rv32.ld defines.
 extern uint8_t flash_start[], ram_start[];
@@ -55,6 +56,7 @@ __asm__(".section .start, \"ax\"\n"
 #define FPU_INITIAL (1u << 13) // mstatus.FS
 
 _Noreturn void startup_main(void) {
+    stack_paint();
     CSR("csrw pmpaddr0", (uintptr_t)flash_start >> 2);
     CSR("csrw pmpaddr1", (uintptr_t)ram_start >> 2);
     CSR("csrw pmpcfg0", FLASH_IS_READ_ONLY);

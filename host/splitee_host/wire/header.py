@@ -17,6 +17,7 @@ from pathlib import Path
 
 from splitee_host.wire.messages import (
     ANSWERS,
+    NOT_FINITE_LOSS,
     REQUESTS,
     Error,
     Message,
@@ -56,6 +57,7 @@ def render() -> str:
         _enum("region", Region),
         f"#define REGION_COUNT {len(Region)}u\n",
         _enum("error", Error),
+        f"#define NOT_FINITE_LOSS 0x{NOT_FINITE_LOSS:08X}u\n",
         *(_message(message, "unpack") for message in REQUESTS),
         *(_message(message, "pack") for message in ANSWERS),
         "#endif\n",

@@ -50,6 +50,14 @@ class Error(IntEnum):
     NO_MOMENTUM = 10  # the segment was built without momentum
     BAD_STEP = 11  # detail: number of steps in the segment
     NO_SUCH_CUT = 12  # detail: number of cuts in the segment
+    NOT_FINITE = 13  # detail: the place of the first such gradient, or NOT_FINITE_LOSS
+    NOT_WHOLE = 14  # detail: the capacity; layers that learn at once take a batch as one part
+    NO_CLIP = 15  # detail: 0; layers that learn at once know no norm of all gradients
+    LOCAL_ONLY = 16  # detail: 0; there is no room for the server's gradient
+
+
+NOT_FINITE_LOSS = 0xFFFFFFFF
+"""Every gradient is finite, but the loss is not."""
 
 
 class Message:
@@ -88,6 +96,7 @@ class Settings(Message):
     weight_decay: F32
     exit_weight: F32
     server_weight: F32
+    clip: F32  # largest norm of the gradients that a step takes together; 0: any
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,11 @@ class Backward(Message):
 
 @dataclass(frozen=True)
 class Step(Message):
-    """Updates the weights with the gradients of the whole batch and clears them."""
+    """Updates the weights with the gradients of the whole batch and clears them.
+
+    Where a gradient or the loss is not finite it is refused: nothing has changed, and the batch is
+    forgotten.
+    """
 
     CODE = 0x08
 
@@ -256,6 +269,7 @@ class Counters(Message):
     bad_frames: U32  # frames with a wrong length, checksum or coding
     repeated_frames: U32  # requests answered again without acting
     compute_micros: U32  # time spent in forward, backward and step (wraps)
+    stack_used: U32  # bytes, the most at once since power-up; 0: not known
 
 
 @dataclass(frozen=True)
