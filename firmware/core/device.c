@@ -467,8 +467,8 @@ static void on_frame(const struct frame *f) {
     const int opens = f->code == MESSAGE_HELLO && f->session != session;
     const uint16_t ahead = (uint16_t)(f->sequence - sequence);
     frames++;
-    if (!opens && (f->session != session || ahead > 1)) {
-        return; // of another session, or late
+    if (f->session == 0 || (!opens && (f->session != session || ahead > 1))) {
+        return; // of no session, of another, or late
     }
     if (!opens && ahead == 0) {
         repeated++;

@@ -69,12 +69,12 @@ class _Server:
         self._compute_seconds = 0.0
 
     def receive(self, frame: Frame, bad: int) -> Frame | None:
-        """Acts on a request once, and answers; a late one or one of another session is ignored."""
+        """Acts on a request once, and answers; never on one that is late or not of the session."""
         self._frames += 1
         self._bad = bad
         opens = frame.code == m.Hello.CODE and frame.session != self._session
         ahead = (frame.sequence - self._sequence) & 0xFFFF
-        if not opens and (frame.session != self._session or ahead > 1):
+        if frame.session == 0 or (not opens and (frame.session != self._session or ahead > 1)):
             return None
         if not opens and ahead == 0:
             self._repeated += 1

@@ -249,6 +249,30 @@ def test_ignores(kind: str, title: str, folder: Path) -> None:
         assert differences(device.state(), state) == []
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Frame(m.Stats.CODE, session=0, sequence=0),
+        Frame(m.Stats.CODE, session=0, sequence=1),
+        Frame(0xAD, session=0, sequence=0),
+        Frame(m.Hello.CODE, session=0, sequence=1, body=m.Hello(m.schema()).pack()),
+    ],
+    ids=["the number of no request", "the first number", "an unknown message", "a hello"],
+)
+@pytest.mark.parametrize("kind", ENDS)
+def test_ignores_what_is_of_no_session_before_the_first_hello(
+    kind: str, frame: Frame, folder: Path
+) -> None:
+    with end(kind, CASE, folder) as link:
+        link.write(encode(frame))
+        recorder = Recorder(link)
+        device = host(recorder, CASE)
+        device.hello()  # had there been an answer, it would come first
+        counters = device.counters()
+        assert (counters.frames, counters.repeated_frames) == (3, 0)
+        assert len(recorder.answers) == len(recorder.sent)
+
+
 @pytest.mark.parametrize("kind", ENDS)
 def test_a_new_session_takes_a_running_device_over(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
