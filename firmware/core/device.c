@@ -116,7 +116,8 @@ static int locate(uint8_t which, uint32_t offset, uint32_t length, struct memory
         refuse(ERROR_OUT_OF_RANGE, found->size);
         return 0;
     }
-    found->base += offset;
+    // What was not built in is at NULL, to which not even nothing may be added or copied.
+    found->base = found->size == 0 ? segment.arena : found->base + offset;
     return 1;
 }
 

@@ -572,6 +572,17 @@ def test_refuses_momentum_that_it_was_built_without(kind: str, folder: Path) -> 
             np.testing.assert_allclose(after.weights[name], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ENDS)
+def test_nothing_can_be_read_from_a_memory_that_was_not_built_in(kind: str, folder: Path) -> None:
+    with end(kind, PLAIN, folder) as link:
+        device = host(link, PLAIN, replace(SETTINGS, momentum=0.0))
+        device.hello()
+        assert device.request(m.Read(m.Region.MOMENTUM, 0, 0), m.Content) == m.Content(b"")
+        assert device.request(m.Write(m.Region.MOMENTUM, 0, b""), m.Done) == m.Done()
+        past = device.request(m.Read(m.Region.MOMENTUM, 0, 1), m.Refused)
+        assert past == m.Refused(m.Error.OUT_OF_RANGE, 0)
+
+
 def test_every_refusal_is_reached_above() -> None:
     reached = {case.error for case in REFUSED.values()}
     elsewhere = {m.Error.NO_DATA, m.Error.BAD_LABEL, m.Error.NO_MOMENTUM, m.Error.NOT_FINITE}
