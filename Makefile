@@ -3,7 +3,10 @@
 venv := .venv/bin
 c_files = $(shell find firmware tests -name '*.[ch]')
 
-.PHONY: help setup demo test bench-kernels check lint types format clean
+# How long `make fuzz` looks for new inputs, for each target.
+FUZZ_SECONDS ?= 60
+
+.PHONY: help setup demo test fuzz bench-kernels check lint types format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -16,6 +19,10 @@ demo: setup ## train one network across several devices, all of them on this mac
 
 test: setup ## run the tests
 	@$(venv)/pytest
+
+fuzz: setup ## look for bytes that break the firmware's decoder or device, FUZZ_SECONDS each
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(venv)/pytest --hypothesis-profile=fuzz --timeout=0 -rsP \
+	    tests/firmware/test_fuzz.py tests/firmware/test_verdicts.py
 
 bench-kernels: setup ## count what each kernel costs on the emulated boards
 	@$(venv)/splitee bench kernels --board qemu-m4

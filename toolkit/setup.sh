@@ -31,6 +31,11 @@ has_picolibc() {
     esac
 }
 
+has_fuzzer() {
+    echo 'int LLVMFuzzerTestOneInput(void); int LLVMFuzzerTestOneInput(void) { return 0; }' |
+        clang -fsanitize=fuzzer,address,undefined -x c - -o /dev/null >/dev/null 2>&1
+}
+
 # One line for each thing that is missing: Debian's package, and what it is for.
 missing_packages() {
     has gcc || echo 'gcc: compiles devices that run on this machine (make demo, make test)'
@@ -46,6 +51,8 @@ missing_packages() {
         echo 'picolibc-riscv64-unknown-elf: the C library for them'
     has qemu-system-riscv32 || echo 'qemu-system-misc: emulates them'
     has gdb-multiarch || echo 'gdb-multiarch: loads firmware into emulated boards'
+    has clang || echo 'clang: looks for bytes that break the firmware (make fuzz, make test)'
+    ! has clang || has_fuzzer || echo 'libclang-rt-dev: libFuzzer and sanitizers for that'
     has clang-format || echo 'clang-format: the form of the C (make check, make format)'
 }
 
@@ -79,7 +86,11 @@ install_packages() {
             apt-get install -q -y --no-install-recommends $names >&2 || true
         missing=$(missing_packages)
         [ -n "$missing" ] || return 0
-        names=$(names_of "$missing")
+        # Whether clang came with its libraries is known only now: it depends on the release.
+        if [ "$(names_of "$missing")" != "$names" ]; then
+            install_packages
+            return
+        fi
         mkdir -p build/cache
         echo "$names" >$tried
     fi

@@ -575,6 +575,34 @@ def bench_kernels(
     _console().print(table)
 
 
+@bench_app.command("hash")
+def bench_hash(
+    board: Annotated[str, typer.Option(help="An emulated board.")] = "qemu-m4",
+    as_json: Json = False,
+) -> None:
+    """Count the instructions that checking a frame takes: by CRC-32, or by BLAKE2s with a key."""
+    from rich.table import Table
+
+    from splitee_host.bench import hashes
+    from splitee_host.boards import load_boards, look_up
+
+    known = look_up(load_boards(), board)
+    rows = hashes(known, BUILD / f"{known.name}-hash")
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    typer.echo(f"instructions on {board}, {rows[0]['compiler']}")
+    table = Table(box=None)
+    table.add_column("hash")
+    for name in ("bytes", "instructions", "a byte", "flash bytes of its file"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        count, size = row["instructions"], row["bytes"]
+        flash = f"{row['flash_bytes']:,}"
+        table.add_row(row["hash"], f"{size:,}", f"{count:,}", f"{count / size:.1f}", flash)
+    _console().print(table)
+
+
 @app.command()
 def client(
     fleet_file: FleetFile,

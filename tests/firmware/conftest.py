@@ -1,10 +1,13 @@
-"""The kernels, built once for all of their tests."""
+"""The kernels, built once for all of their tests, and Hypothesis' profile for `make fuzz`."""
 
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from firmware.kernels_harness import KERNELS, Kernels, build
+
+settings.register_profile("fuzz", max_examples=20_000, deadline=None)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the kernels cost stays what it was, and is what it has to be."""
+"""What kernels and hashes cost stays what it was, and is what it has to be."""
 
 from __future__ import annotations
 
@@ -113,6 +113,22 @@ def test_a_step_stays_below_its_bar(board: str, shape: str, part: str, now: Meas
 @pytest.mark.parametrize("board", BOARDS)
 def test_two_runs_count_the_same(board: str, now: Measure, tmp_path: Path) -> None:
     assert measured(board, tmp_path) == now(board)
+
+
+def test_no_hash_takes_one_percent_more_than_before(tmp_path: Path) -> None:
+    before: list[Row] = json.loads((FOLDER / "hash-qemu-m4.json").read_text(encoding="utf-8"))
+    try:
+        after = bench.hashes(boards.load_boards()["qemu-m4"], tmp_path)
+    except MissingTool as missing:
+        pytest.skip(str(missing))
+    if after[0]["compiler"] != before[0]["compiler"]:
+        pytest.skip(f"figures of {before[0]['compiler']} are committed")
+    renew = "splitee bench hash --json > benchmarks/hash-qemu-m4.json"
+    kinds = [(row["hash"], row["bytes"]) for row in before]
+    assert [(row["hash"], row["bytes"]) for row in after] == kinds, renew
+    for old, new in zip(before, after, strict=True):
+        assert new["instructions"] <= 1.01 * old["instructions"] + CLOCK, renew
+        assert new["hash"] != "blake2s" or new["flash_bytes"] <= 2048
 
 
 def test_a_board_that_cannot_count_is_refused(tmp_path: Path) -> None:
