@@ -30,6 +30,7 @@ from splitee.steps import NO_LEVERS, Levers
 from splitee_exporters.c import to_c
 from splitee_host import boards
 from splitee_host.device import Device
+from splitee_host.link import Link
 from toolkit.mobilenet import MobileNetV2
 
 FIRMWARE = boards.firmware_root()
@@ -190,9 +191,18 @@ def _objects() -> Path:
 
 @contextmanager
 def device(
-    case: Case, board: str, folder: Path, settings: Settings, *, source: str | None = None
+    case: Case,
+    board: str,
+    folder: Path,
+    settings: Settings,
+    *,
+    source: str | None = None,
+    through: Callable[[Link], Link] = lambda link: link,
 ) -> Iterator[Device]:
-    """The case's firmware, built and running on a board; source replaces the generated C."""
+    """The case's firmware, built and running on a board.
+
+    source replaces the generated C; through may put something between the host and the link.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "segment.c").write_text(source or to_c(case.build))
     known = boards.load_boards()[board]
@@ -209,7 +219,7 @@ def device(
         elf = Path(shutil.copy2(firmware.elf, folder / "device.elf"))
         firmware = replace(firmware, elf=elf)
     with boards.start(known, firmware) as running:
-        device = Device(board, running.link, case.build, settings, close=running.close)
+        device = Device(board, through(running.link), case.build, settings, close=running.close)
         device.start(case.state, case.images)
         yield device
 

@@ -398,6 +398,7 @@ static void on_stats(const uint8_t *body, size_t size) {
         .repeated_frames = repeated,
         .compute_micros = compute_micros,
         .stack_used = port_stack_used(),
+        .dropped_packets = port_dropped(),
     };
     message_counters_pack(&c, answer.fields);
     answer_fields(MESSAGE_COUNTERS, MESSAGE_COUNTERS_SIZE);

@@ -26,4 +26,8 @@ uint32_t port_micros(void);
 // The most bytes of stack that were in use at once since power-up; 0 where that is not known.
 uint32_t port_stack_used(void);
 
+// Packets from a network that were lost in the machine since power-up, for want of room or because
+// something was wrong with them; 0 where there is no network, or the system does not tell.
+uint32_t port_dropped(void);
+
 #endif

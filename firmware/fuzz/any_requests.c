@@ -45,6 +45,10 @@ uint32_t port_stack_used(void) {
     return 0;
 }
 
+uint32_t port_dropped(void) {
+    return 0;
+}
+
 // one input
 
 static void power_up(void) {

@@ -10,7 +10,7 @@
 #include "protocol/bytes.h"
 
 // CRC-32 of the whole schema: two ends with the same number speak the same wire.
-#define MESSAGES_SCHEMA 0x363A47EEu
+#define MESSAGES_SCHEMA 0xC2D9B241u
 
 enum region {
     REGION_WEIGHTS = 0,
@@ -281,7 +281,7 @@ static inline void message_stepped_pack(const struct message_stepped *m, uint8_t
 
 // Counters: Answer to Stats: the place of Place now, and counters since power-up.
 #define MESSAGE_COUNTERS 0x8Bu
-#define MESSAGE_COUNTERS_SIZE 36u
+#define MESSAGE_COUNTERS_SIZE 40u
 #define MESSAGE_COUNTERS_TAIL 0
 
 struct message_counters {
@@ -295,6 +295,7 @@ struct message_counters {
     uint32_t repeated_frames;
     uint32_t compute_micros;
     uint32_t stack_used;
+    uint32_t dropped_packets;
 };
 
 static inline void message_counters_pack(const struct message_counters *m, uint8_t *body) {
@@ -308,6 +309,7 @@ static inline void message_counters_pack(const struct message_counters *m, uint8
     bytes_put_u32(body + 24, m->repeated_frames);
     bytes_put_u32(body + 28, m->compute_micros);
     bytes_put_u32(body + 32, m->stack_used);
+    bytes_put_u32(body + 36, m->dropped_packets);
 }
 
 // Refused: The request was not carried out, and nothing changed.

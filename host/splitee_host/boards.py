@@ -1,6 +1,7 @@
 """Boards: what is known of each, building its firmware, and starting those that this machine runs.
 
-A board is ``firmware/boards/<name>.toml``; ``Board`` says what stands there. ``build`` runs the
+A board is ``firmware/boards/<name>.toml``; ``Board`` says what stands there, and with ``like`` a
+file has all that another has and itself does not. ``build`` runs the
 firmware's Makefile with a board's values. ``start`` brings up a process or an emulator, with a link
 to it.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import select
@@ -21,11 +23,12 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from splitee.errors import BuildError, FitError, LinkClosed, MissingTool, SpliteeError, Timeout
 from splitee.place import Memory
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 _BOOT = 20.0  # seconds that a board has to open its link
 _LEAVE = 2.0  # seconds that a process has to end by itself
 _SLICE = 0.25  # seconds after which a read looks whether the process still runs
+_LOST = "Slirp: Failed to send packet"  # what QEMU says of each that a board has no room for
 
 _PACKAGES = {
     "make": "make",
@@ -72,6 +76,16 @@ class Qemu:
 
 
 @dataclass(frozen=True)
+class Udp:
+    """Where a board's firmware is on its network."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    address: IPv4Address
+    port: Annotated[int, Field(ge=1, le=65535)]
+
+
+@dataclass(frozen=True)
 class Board:
     """A machine that clients run on. Sizes are in bytes; 0 means no limit that we know of."""
 
@@ -99,6 +113,7 @@ class Board:
     cflags: tuple[str, ...] = ()
     ldflags: tuple[str, ...] = ()
     qemu: Qemu | None = None
+    udp: Udp | None = None  # None over UDP: chosen when it is run
 
     @property
     def firmware(self) -> bool:
@@ -149,7 +164,7 @@ def look_up(boards: Mapping[str, Board], name: str) -> Board:
 
 def _read(path: Path) -> Board:
     try:
-        board = TypeAdapter(Board).validate_python(tomllib.loads(path.read_text("utf-8")))
+        board = TypeAdapter(Board).validate_python(_table(path))
     except tomllib.TOMLDecodeError as error:
         raise SpliteeError(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
@@ -159,6 +174,18 @@ def _read(path: Path) -> Board:
     if board.name != path.stem:
         raise SpliteeError(f'{path}: name: has to be the file\'s, "{path.stem}"')
     return board
+
+
+def _table(path: Path) -> dict[str, object]:
+    """What a board's file says, on top of what the board says that it is like."""
+    table = tomllib.loads(path.read_text("utf-8"))
+    if "like" not in table:
+        return table
+    other = path.with_name(f"{table.pop('like')}.toml")
+    base = tomllib.loads(other.read_text("utf-8")) if other.exists() else {"like": None}
+    if "like" in base:
+        raise SpliteeError(f"{path}: like: {other.name} is no board's file with all of its keys")
+    return base | table
 
 
 # ---- building ----
@@ -211,6 +238,9 @@ def build(
         "SHARD_START": hex(board.shard_start),
         "SHARD_BYTES": str(board.shard_bytes),
         "RECEIVE_MAX": str(board.receive_max),
+        "LINK": board.link,
+        "UDP_ADDRESS": str(board.udp.address) if board.udp else "",
+        "UDP_PORT": str(board.udp.port) if board.udp else "",
         "SANITIZE": str(int(sanitize)),
         **overrides,
     }
@@ -362,7 +392,7 @@ class Running:
         with contextlib.suppress(ValueError):  # closed meanwhile
             self._said.seek(0)
             lines = self._said.read().decode(errors="replace").splitlines()
-        words = [line.strip("=\0") for line in lines if line.strip("=\0 ")]
+        words = [line.strip("=\0") for line in lines if line.strip("=\0 ") and _LOST not in line]
         # The cause comes first; registers and stacks follow.
         return f"{self.name} ended with {how}" + "".join(f"\n  {line}" for line in words[:3])
 
@@ -404,23 +434,55 @@ def start(board: Board, firmware: Firmware, options: Sequence[str] = ()) -> Runn
 
 
 def _start_qemu(board: Board, qemu: Qemu, firmware: Firmware, options: Sequence[str]) -> Running:
-    """The board's serial line is QEMU's standard input and output.
-
-    Of all that QEMU offers pipes are the fastest, three times as fast upwards as a socket or a
-    pseudo-terminal, and lose nothing: a pseudo-terminal looks for somebody at its other end once
-    a second, and drops what is sent until then. mux=on hands the UART 32 bytes at a time instead
-    of one, three times as fast downwards; -echr turns off the escape character that comes with it.
-    """
     _require(qemu.program)
     command = [
         *(qemu.program, *qemu.options, *options),
         *("-machine", qemu.machine, "-kernel", str(firmware.elf)),
-        *("-display", "none", "-monitor", "none", "-chardev", "stdio,id=link,mux=on,signal=off"),
-        *("-serial", "chardev:link", "-echr", "0x1ff"),
+        *("-display", "none", "-monitor", "none"),
     ]
+    if board.udp is not None:
+        command += _qemu_network(board.udp)
+        return Running(board.name, command, _forwarded_link, ends_with_stdin=False)
+    command += _QEMU_SERIAL
     return Running(
         board.name, command, lambda p: PipeLink(p, f"serial:{board.name}"), ends_with_stdin=False
     )
+
+
+# The board's serial line is QEMU's standard input and output.
+#
+# Of all that QEMU offers pipes are the fastest, three times as fast upwards as a socket or a
+# pseudo-terminal, and lose nothing: a pseudo-terminal looks for somebody at its other end once a
+# second, and drops what is sent until then. mux=on hands the UART 32 bytes at a time instead of
+# one, three times as fast downwards; -echr turns off the escape character that comes with it.
+_QEMU_SERIAL = (
+    *("-chardev", "stdio,id=link,mux=on,signal=off"),
+    *("-serial", "chardev:link", "-echr", "0x1ff"),
+)
+
+
+def _qemu_network(udp: Udp) -> Sequence[str]:
+    """A network of the board's own, with a free port of this machine that leads to it.
+
+    QEMU is asked for the port over its control line, standard input and output.
+    """
+    forward = f"hostfwd=udp:127.0.0.1:0-{udp.address}:{udp.port}"
+    return "-nic", f"user,{forward}", "-serial", "null", "-qmp", "stdio"
+
+
+def _forwarded_link(process: subprocess.Popen[bytes]) -> Link | None:
+    """The link to the port that leads to an emulated board's network."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    ask = {"execute": "human-monitor-command", "arguments": {"command-line": "info usernet"}}
+    if b"QMP" not in process.stdout.readline():  # its greeting, or its end
+        return None
+    for command in ({"execute": "qmp_capabilities"}, ask):
+        process.stdin.write(json.dumps(command).encode())
+    while line := process.stdout.readline():
+        if found := re.search(rb"UDP\[HOST_FORWARD\] +\d+ +127\.0\.0\.1 +(\d+)", line):
+            return UdpLink("127.0.0.1", int(found[1]))
+    return None
 
 
 def _printed_link(process: subprocess.Popen[bytes]) -> Link | None:

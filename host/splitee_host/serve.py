@@ -302,7 +302,7 @@ class _Server:
         micros = int(self._compute_seconds * 1e6) & 0xFFFFFFFF
         return m.Counters(
             p.samples, p.position, p.seed, p.epoch, p.steps, self._frames, self._bad,
-            self._repeated, micros, 0,
+            self._repeated, micros, 0, 0,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from splitee.errors import BuildError, FitError, LinkClosed, MissingTool, Splite
 from splitee.place import Memory
 from splitee_exporters.c import to_c
 from splitee_host import boards
-from splitee_host.boards import Board, Firmware, build, load_boards, look_up, start
+from splitee_host.boards import Board, Firmware, Udp, build, load_boards, look_up, start
 from splitee_host.device import Device
 from step_harness import SETTINGS, case_on
 
@@ -32,6 +33,7 @@ ANSWER = 20.0  # seconds to wait for what has to come; no test waits that long w
 BOARDS = load_boards()
 POSIX = BOARDS["posix"]
 M4 = BOARDS["qemu-m4"]
+M4_UDP = BOARDS["qemu-m4-udp"]
 RV32 = BOARDS["qemu-rv32"]
 FIRMWARE = [b for b in BOARDS.values() if b.firmware]
 EMULATED = [b for b in BOARDS.values() if b.qemu is not None]
@@ -71,7 +73,7 @@ def name(board: Board) -> str:
     return board.name
 
 
-@pytest.fixture(params=[POSIX, M4, RV32], ids=name)
+@pytest.fixture(params=[POSIX, M4, M4_UDP, RV32], ids=name)
 def board(request: pytest.FixtureRequest) -> Board:
     found: Board = request.param
     need_for(found)
@@ -135,6 +137,26 @@ def test_a_board_needs_no_more_than_its_file(tmp_path: Path) -> None:
     assert load_boards(tmp_path) == {"mine": mine}
 
 
+def test_a_board_has_what_the_board_has_that_it_is_like(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(GOOD)
+    udp = '[udp]\naddress = "10.0.2.15"\nport = 5000\n'
+    text = 'name = "net"\nlike = "mine"\nlink = "udp"\ncflags = []\n' + udp
+    (tmp_path / "net.toml").write_text(text)
+    known = load_boards(tmp_path)
+    there = Udp(IPv4Address("10.0.2.15"), 5000)
+    assert known["net"] == replace(known["mine"], name="net", link="udp", cflags=(), udp=there)
+
+
+@pytest.mark.parametrize("like", ["nobody", "other", "mine"])
+def test_a_board_can_only_be_like_one_with_a_whole_file(tmp_path: Path, like: str) -> None:
+    (tmp_path / "whole.toml").write_text(GOOD.replace("mine", "whole"))
+    (tmp_path / "other.toml").write_text('name = "other"\nlike = "whole"')
+    (tmp_path / "mine.toml").write_text(f'name = "mine"\nlike = "{like}"')
+    words = rf"mine\.toml: like: {like}\.toml is no board's file with all of its keys"
+    with pytest.raises(SpliteeError, match=words):
+        load_boards(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -145,6 +167,8 @@ def test_a_board_needs_no_more_than_its_file(tmp_path: Path) -> None:
         (GOOD.replace("mine", "other"), r'mine\.toml: name: has to be the file\'s, "mine"'),
         (GOOD + "[qemu]", r"mine\.toml: qemu\.machine: "),
         (GOOD + '[qemu]\nmachine = "m"\narch = "z80"', r"qemu\.arch: .*'arm' or 'riscv32'"),
+        (GOOD + '[udp]\naddress = "10.0.2"\nport = 1', r"mine\.toml: udp\.address: .*IPv4"),
+        (GOOD + '[udp]\naddress = "10.0.2.1"\nport = 0', r"mine\.toml: udp\.port: "),
         ("name = \n", r"mine\.toml: not TOML: .*line 1"),
     ],
     ids=[
@@ -155,6 +179,8 @@ def test_a_board_needs_no_more_than_its_file(tmp_path: Path) -> None:
         "other name",
         "part",
         "unknown architecture",
+        "address",
+        "port",
         "syntax",
     ],
 )
@@ -348,7 +374,8 @@ def test_a_missing_emulator_is_named_with_its_package(
 @pytest.mark.parametrize(
     ("board", "kind"),
     [
-        *(pytest.param(b, k, id=f"{b.name}-{k}") for b in FIRMWARE for k in ("resnet8", "pools")),
+        *(pytest.param(b, "resnet8", id=f"{b.name}-resnet8") for b in FIRMWARE),
+        *(pytest.param(b, "pools", id=f"{b.name}-pools") for b in FIRMWARE if b.udp is None),
         *(pytest.param(M4, k, id=k) for k in ("resnet20-batch", "mobilenet-frozen")),
     ],
 )

@@ -550,6 +550,26 @@ def test_every_kind_of_client_clips_as_torch_does_at_the_rate_of_the_round(
             assert not np.allclose(velocity, other, rtol=0.05), (name, tensor)
 
 
+def test_a_board_over_udp_ends_with_the_weights_of_one_over_a_serial_line(
+    few_digits: Dataset, workplace: Path
+) -> None:
+    path = Path("board.toml")
+    checkpoints = []
+    for board in ("qemu-m4", "qemu-m4-udp"):
+        program = f"{boards.load_boards()[board].prefix}gcc"
+        if shutil.which(program) is None or shutil.which("qemu-system-arm") is None:
+            pytest.skip(f"{program} or qemu-system-arm is not installed")
+        text = 'name = "board"\nrounds = 1\n[model]\nwidth = 2\n[data]\nsamples = 48\n'
+        path.write_text(f'{text}[[client]]\nname = "a"\nboard = "{board}"\ncut = "stem"\n')
+        said = splitee("train", path)
+        assert (said.code, said.err) == (0, "")
+        run = Run(Path("runs") / "board")
+        (client,) = summary_of(run)["clients"]
+        assert client["link"].split(":")[0] == boards.load_boards()[board].link
+        checkpoints.append(run.load().states["a"])
+    assert differences(*checkpoints) == []
+
+
 # ---- a device that runs already ----
 
 

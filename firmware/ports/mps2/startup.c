@@ -3,7 +3,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "ports/mps2/machine.h" // where UART0's interrupt stands
+#include "ports/mps2/machine.h" // where the interrupts of links stand
 #include "ports/mps2/mps2.h"    // the interrupts
 #include "ports/stack.h"        // its paint
 
@@ -58,5 +58,7 @@ __attribute__((section(".vectors"), used)) static const union vector vectors[] =
     {.code = startup_fault}, // reserved
     {.code = startup_fault}, // PendSV
     [15] = {.code = mps2_systick_interrupt},
-    [16 + UART0_RECEIVE] = {.code = mps2_uart_interrupt}, // no other is ever enabled
+    // One of these two is the link that is built in; no other is ever enabled.
+    [16 + UART0_RECEIVE] = {.code = mps2_link_interrupt},
+    [16 + ETHERNET_INTERRUPT] = {.code = mps2_link_interrupt},
 };

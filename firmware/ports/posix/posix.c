@@ -199,3 +199,8 @@ uint32_t port_micros(void) {
 uint32_t port_stack_used(void) {
     return 0;
 }
+
+// The system keeps such figures for all of its programs together.
+uint32_t port_dropped(void) {
+    return 0;
+}

@@ -109,3 +109,7 @@ uint32_t port_micros(void) {
 uint32_t port_stack_used(void) {
     return stack_used();
 }
+
+uint32_t port_dropped(void) {
+    return 0;
+}

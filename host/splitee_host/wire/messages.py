@@ -270,6 +270,7 @@ class Counters(Message):
     repeated_frames: U32  # requests answered again without acting
     compute_micros: U32  # time spent in forward, backward and step (wraps)
     stack_used: U32  # bytes, the most at once since power-up; 0: not known
+    dropped_packets: U32  # of a network: no room, fragments, wrong lengths and checksums
 
 
 @dataclass(frozen=True)
