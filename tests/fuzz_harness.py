@@ -127,7 +127,7 @@ class Target:
         return to_c(segment(name)) if self.program == "any_requests.c" else ""
 
 
-_CORE = ("core/order.c", "core/step.c", "core/fused.c", "protocol/frame.c")
+_CORE = ("core/order.c", "core/step.c", "core/fused.c", "protocol/frame.c", "protocol/codec.c")
 _KERNELS = tuple(
     str(path.relative_to(ROOT / "firmware"))
     for path in sorted((ROOT / "firmware" / "kernels").glob("**/*.c"))

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 
 from splitee.client import LocalClient, Settings, State
+from splitee.codec import PLAIN, Coding
 from splitee.place import Build
 from splitee_exporters.c import to_c
 from splitee_host import boards
@@ -80,13 +81,22 @@ def host(
     case: Case,
     settings: Settings = SETTINGS,
     *,
+    coding: Coding = PLAIN,
     session: int = 1,
     cut: str | None = None,
     upto: bool = True,
 ) -> Device:
     """A host at the other end, which has said nothing yet."""
     return Device(
-        "it", link, case.build, settings, cut=cut, upto=upto, session=session, patience=20.0
+        "it",
+        link,
+        case.build,
+        settings,
+        coding=coding,
+        cut=cut,
+        upto=upto,
+        session=session,
+        patience=20.0,
     )
 
 

@@ -8,12 +8,14 @@ import re
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import get_args
 
 import pytest
 from typer.main import get_group
 
 from host_harness import splitee
+from splitee.codec import KINDS
 from splitee.fleet import Fleet, OptimizerTable
 from splitee.steps import Levers
 from splitee_exporters.c import to_c
@@ -115,6 +117,26 @@ def test_the_memory_of_a_first_stage_is_what_was_measured() -> None:
     again = {r["levers"]: f"{r['forward_macs_again']:.0%}" for r in results["rows"][::-1]}
     table = rows(section(DESIGN, "The memory of a first stage"))
     assert table == [[name, *sizes, again[name]] for name, sizes in measured.items()]
+
+
+def test_what_a_sample_sends_is_what_was_measured() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "codecs.json").read_text())
+    measured = []
+    for row in results["rows"]:
+        sent = [f"{size:,}" for size in row["bytes_up"].values()]
+        least, most = min(row["against_raw"].values()), max(row["against_raw"].values())
+        accuracies = [f"{mean(row[f'{end}_accuracy']):.1%}" for end in ("exit", "server")]
+        measured.append([row["codec"], *sent, f"{least:.2f} to {most:.2f} x", *accuracies])
+    raw = results["raw"]
+    size = str(raw["bytes_up"])
+    measured.append(["raw images", size, size, size, "1", "-", f"{mean(raw['accuracy']):.1%}"])
+    assert rows(section(DESIGN, "What a sample sends")) == measured
+
+
+def test_the_codecs_of_that_table_are_all_there_are() -> None:
+    coded = [cells[0] for cells in rows(section(DESIGN, "What a sample sends"))]
+    assert coded == [*KINDS, "raw images"]
+    assert set(KINDS) <= {word.strip('"') for word in code(section(README, "A fleet file"))}
 
 
 # ---- both ----

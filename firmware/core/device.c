@@ -1,7 +1,8 @@
 // device.c: carries out the host's requests on the segment; each answer goes back at once.
 //
 // A request is acted on once: the same sequence number again is answered with the last answer, and
-// any number but the next is ignored, so a lost, doubled or late frame never trains twice.
+// any number but the next is ignored, so a lost, doubled or late frame never trains twice. Only a
+// Read, which changes nothing, is carried out again.
 #include "core/device.h" // itself
 
 #include <string.h>
@@ -11,6 +12,7 @@
 #include "core/segment.h"      // the network
 #include "core/step.h"         // its update
 #include "kernels/kernels.h"   // normalize_forward
+#include "protocol/codec.h"    // tensors that cross the link
 #include "protocol/frame.h"    // frames
 #include "protocol/messages.h" // what stands in them
 
@@ -42,6 +44,9 @@ static struct pass pass;
 static enum phase phase;
 static uint8_t cut;  // the stage that it is at the end of
 static uint8_t upto; // whether all exits up to the cut learn, or only the one at it
+
+static struct coder up, down;       // codecs of the activations and of the gradient at the cut
+static struct codec_sample sending; // the sample of activations last coded, unchanged since
 
 static uint32_t frames, repeated, compute_micros;
 
@@ -98,6 +103,14 @@ static struct memory region_of(uint8_t which) {
         return (struct memory){(uint8_t *)last->gradient, last->gradient ? activations : 0, 1};
     case REGION_LOGITS:
         return (struct memory){(uint8_t *)last->logits, 4 * held * segment.classes, 0};
+    case REGION_CODED_ACTIVATIONS: // made as they are read
+        return (struct memory){(uint8_t *)last->activations, held * codec_size(&up), 0};
+    case REGION_CODED_GRADIENT:
+        if (!last->gradient) {
+            return (struct memory){0};
+        }
+        return (struct memory){codec_place(&down, last->gradient, held), held * codec_size(&down),
+                               1};
     case REGION_GRADIENTS:
         return (struct memory){(uint8_t *)segment.gradients, segment.gradients ? parameters : 0, 0};
     default: // REGION_ARENA
@@ -154,6 +167,15 @@ static void on_hello(const uint8_t *body, size_t size) {
     answer_fields(MESSAGE_WELCOME, MESSAGE_WELCOME_SIZE);
 }
 
+// Puts the cut at the end of a stage, where its tensors cross as they are.
+static void move(unsigned stage, int all_exits) {
+    cut = (uint8_t)stage;
+    upto = all_exits != 0;
+    up = (struct coder){.kind = CODEC_FLOAT32, .elements = segment.stages[cut].activation_size};
+    down = up;
+    sending.x = NULL;
+}
+
 static void on_select(const uint8_t *body, size_t size) {
     (void)size;
     struct message_select m;
@@ -163,8 +185,28 @@ static void on_select(const uint8_t *body, size_t size) {
     } else if (m.cut == 0 || m.cut > segment.cuts) {
         refuse(ERROR_NO_SUCH_CUT, segment.cuts);
     } else {
-        cut = (uint8_t)(m.cut - 1);
-        upto = m.upto != 0;
+        move(m.cut - 1u, m.upto);
+        done();
+    }
+}
+
+static void on_coding(const uint8_t *body, size_t size) {
+    (void)size;
+    struct message_coding m;
+    message_coding_unpack(&m, body);
+    const uint32_t elements = segment.stages[cut].activation_size;
+    const struct coder activations = {m.activations, m.kept, elements};
+    const struct coder gradient = {m.gradient, m.kept, elements};
+    if (phase != IDLE) {
+        refuse(ERROR_OUT_OF_ORDER, phase);
+    } else if (!codec_fits(&activations)) {
+        refuse(ERROR_BAD_CODEC, m.activations);
+    } else if (!codec_fits(&gradient)) {
+        refuse(ERROR_BAD_CODEC, m.gradient);
+    } else {
+        up = activations;
+        down = gradient;
+        sending.x = NULL;
         done();
     }
 }
@@ -243,6 +285,7 @@ static int takes_part(struct step step) {
 // Runs those of the steps start..stop-1 that the cut takes.
 static void run(unsigned start, unsigned stop, struct pass *over) {
     const uint32_t before = port_micros();
+    sending.x = NULL;
     for (unsigned step = start; step < stop; step++) {
         if (takes_part(segment.steps[step])) {
             segment_run(step, over);
@@ -332,6 +375,14 @@ static void on_backward(const uint8_t *body, size_t size) {
         refuse(ERROR_OUT_OF_ORDER, phase);
         return;
     }
+    float *const gradient = segment.stages[cut].gradient;
+    if (gradient && down.kind != CODEC_FLOAT32 && settings.server_weight != 0.0f) {
+        const uint32_t good = codec_decode(&down, gradient, segment.capacity, (uint32_t)pass.count);
+        if (good < pass.count) {
+            refuse(ERROR_BAD_CODE, good);
+            return;
+        }
+    }
     if (!segment.gradients && step_finite(&pass.loss, 1) == 0) {
         pass.failed = 1; // before any layer learns
         pass.bad = NOT_FINITE_LOSS;
@@ -370,9 +421,16 @@ static void on_read(const uint8_t *body, size_t size) {
     struct message_read m;
     message_read_unpack(&m, body);
     struct memory from;
-    if (m.length > port_send_max) {
-        refuse(ERROR_OUT_OF_RANGE, port_send_max);
+    const int coded = m.region == REGION_CODED_ACTIVATIONS;
+    const uint32_t most = coded && port_send_max > RECEIVE_MAX ? RECEIVE_MAX : port_send_max;
+    if (m.length > most) {
+        refuse(ERROR_OUT_OF_RANGE, most);
     } else if (locate(m.region, m.offset, m.length, &from)) {
+        if (coded) { // into the memory of the request, which is done with
+            codec_encode(&up, &sending, segment.stages[cut].activations, m.offset, received,
+                         m.length);
+            from.base = received;
+        }
         answer_fields(MESSAGE_CONTENT, MESSAGE_CONTENT_SIZE);
         answer_tail(from.base, m.length);
     }
@@ -437,6 +495,7 @@ static const struct {
 } requests[] = {
     {MESSAGE_HELLO, MESSAGE_HELLO_SIZE, MESSAGE_HELLO_TAIL, on_hello},
     {MESSAGE_SELECT, MESSAGE_SELECT_SIZE, MESSAGE_SELECT_TAIL, on_select},
+    {MESSAGE_CODING, MESSAGE_CODING_SIZE, MESSAGE_CODING_TAIL, on_coding},
     {MESSAGE_SETTINGS, MESSAGE_SETTINGS_SIZE, MESSAGE_SETTINGS_TAIL, on_settings},
     {MESSAGE_DATA, MESSAGE_DATA_SIZE, MESSAGE_DATA_TAIL, on_data},
     {MESSAGE_PLACE, MESSAGE_PLACE_SIZE, MESSAGE_PLACE_TAIL, on_place},
@@ -472,9 +531,9 @@ static void on_frame(const struct frame *f) {
     if (f->session == 0 || (!opens && (f->session != session || ahead > 1))) {
         return; // of no session, of another, or late
     }
-    if (!opens && ahead == 0) {
-        repeated++;
-    } else {
+    const int again = !opens && ahead == 0;
+    repeated += (uint32_t)again;
+    if (!again || f->code == MESSAGE_READ) { // what a Read sent may lie where this frame came
         session = f->session;
         sequence = f->sequence;
         act(f);
@@ -484,8 +543,7 @@ static void on_frame(const struct frame *f) {
 }
 
 void device_init(void) {
-    cut = (uint8_t)(segment.cuts - 1);
-    upto = 1;
+    move(segment.cuts - 1u, 1);
     frame_reader_init(&reader, received, sizeof received);
 }
 

@@ -57,6 +57,9 @@ static void power_up(void) {
     memset(&settings, 0, sizeof settings);
     memset(&place, 0, sizeof place);
     memset(&pass, 0, sizeof pass);
+    memset(&up, 0, sizeof up);
+    memset(&down, 0, sizeof down);
+    memset(&sending, 0, sizeof sending);
     session = sequence = 0;
     phase = IDLE;
     frames = repeated = compute_micros = 0;

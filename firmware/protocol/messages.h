@@ -3,14 +3,14 @@
 // MESSAGE_X is the code of a message, MESSAGE_X_SIZE the bytes of its fixed fields, and
 // MESSAGE_X_TAIL is 1 when a tail of bytes follows them in the body. Requests are unpacked and
 // answers packed; body and tail belong to the caller, who has checked the size.
-// host/splitee_host/wire/messages.py, its source, says what the fields, regions and errors mean.
+// Its source, host/splitee_host/wire/messages.py, says what fields, regions, codecs and errors are.
 #ifndef MESSAGES_H
 #define MESSAGES_H
 
 #include "protocol/bytes.h"
 
 // CRC-32 of the whole schema: two ends with the same number speak the same wire.
-#define MESSAGES_SCHEMA 0xC2D9B241u
+#define MESSAGES_SCHEMA 0x329A821Cu
 
 enum region {
     REGION_WEIGHTS = 0,
@@ -22,9 +22,19 @@ enum region {
     REGION_LOGITS = 6,
     REGION_GRADIENTS = 7,
     REGION_ARENA = 8,
+    REGION_CODED_ACTIVATIONS = 9,
+    REGION_CODED_GRADIENT = 10,
 };
 
-#define REGION_COUNT 9u
+#define REGION_COUNT 11u
+
+enum codec {
+    CODEC_FLOAT32 = 0,
+    CODEC_FLOAT16 = 1,
+    CODEC_INT8 = 2,
+    CODEC_INT4 = 3,
+    CODEC_TOP_K = 4,
+};
 
 enum error {
     ERROR_UNKNOWN_MESSAGE = 1,
@@ -43,6 +53,8 @@ enum error {
     ERROR_NOT_WHOLE = 14,
     ERROR_NO_CLIP = 15,
     ERROR_LOCAL_ONLY = 16,
+    ERROR_BAD_CODEC = 17,
+    ERROR_BAD_CODE = 18,
 };
 
 #define NOT_FINITE_LOSS 0xFFFFFFFFu
@@ -220,6 +232,24 @@ struct message_select {
 static inline void message_select_unpack(struct message_select *m, const uint8_t *body) {
     m->cut = bytes_get_u8(body);
     m->upto = bytes_get_u8(body + 1);
+}
+
+// Coding: Codecs of the tensors that cross the cut, until the next Select; it waits for an idle
+// device.
+#define MESSAGE_CODING 0x0Eu
+#define MESSAGE_CODING_SIZE 4u
+#define MESSAGE_CODING_TAIL 0
+
+struct message_coding {
+    uint8_t activations;
+    uint8_t gradient;
+    uint16_t kept;
+};
+
+static inline void message_coding_unpack(struct message_coding *m, const uint8_t *body) {
+    m->activations = bytes_get_u8(body);
+    m->gradient = bytes_get_u8(body + 1);
+    m->kept = bytes_get_u16(body + 2);
 }
 
 // Done: The request was carried out.

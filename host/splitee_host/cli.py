@@ -160,7 +160,7 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
                     ),
                     "macs_forward": forward,
                     "macs_backward": backward,
-                    "bytes_up_per_sample": build.bytes_up_per_sample,
+                    "bytes_up_per_sample": build.bytes_up_per_sample(client.coding),
                     "fits": room is None or build.shortage(room) is None,
                     "why": build.shortage(room) if room else None,
                     "chosen": chosen is not None and cut == chosen[0],

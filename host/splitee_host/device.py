@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from splitee.client import Part, Place, Settings, State, Stepped, Traffic
+from splitee.codec import PLAIN, Codec, Coding
 from splitee.data import Images
 from splitee.errors import DeviceRefused, LinkClosed, Mismatch, NotFinite, Timeout
 from splitee.ops import Array
@@ -52,14 +53,16 @@ class Device:
         build: Build,
         settings: Settings,
         *,
+        coding: Coding = PLAIN,
         cut: str | None = None,
         upto: bool = True,
         session: int | None = None,
         patience: float = 30.0,
         close: Callable[[], None] | None = None,
     ) -> None:
-        """cut and upto: where it begins; the deepest cut and every exit built in, by default.
+        """coding: its codecs.
 
+        cut and upto: where it begins; the deepest cut and every exit built in, by default.
         patience: seconds without any answer after which the device is lost. session: 1..65535,
         drawn at random by default, so that a device that went on running takes this host for a
         new one.
@@ -68,6 +71,7 @@ class Device:
         self.capacity = build.capacity
         self.link = link
         self.build = build
+        self.coding = coding
         self._put(cut or build.stages[-1].cut, upto)
         self.traffic = Traffic()
         self._settings = settings
@@ -176,9 +180,12 @@ class Device:
 
     def read(self, region: m.Region, offset: int, length: int) -> bytes:
         """length bytes of a region, in as many requests as it takes."""
+        most = self._send_max
+        if region == m.Region.CODED_ACTIVATIONS:  # made in the memory that requests come to
+            most = min(most, self._receive_max)
         pieces = []
-        for start in range(offset, offset + length, self._send_max):
-            size = min(self._send_max, offset + length - start)
+        for start in range(offset, offset + length, most):
+            size = min(most, offset + length - start)
             content = self.request(m.Read(region, start, size), m.Content).content
             if len(content) != size:
                 raise Mismatch(f'client "{self.name}" sent {len(content)} of {size} bytes')
@@ -240,12 +247,18 @@ class Device:
         """
         self.request(m.Select(self.build.number(cut, upto=upto), int(upto)), m.Done)
         self._put(cut, upto)
+        up, down = (m.Codec[c.kind.replace("-", "_").upper()] for c in (self._up, self._down))
+        if up or down:  # otherwise Select has said it
+            kept = max(self._up.kept, self._down.kept)
+            self.request(m.Coding(up, down, kept), m.Done)
 
     def _put(self, cut: str, upto: bool) -> None:
         self._number = self.build.number(cut, upto=upto)
         self.cut = cut
         self.upto = upto
         self.graph = self.build.graph.at(cut, upto=upto)
+        elements = self.graph.elements(self.graph.cut)
+        self._up, self._down = self.coding.up(elements), self.coding.down(elements)
 
     def steps_at_cut(self) -> list[int]:
         """Those of the segment's steps that a pass runs at its cut."""
@@ -305,18 +318,34 @@ class Device:
         labels = self.request(m.Forward(count, batch), m.Forwarded).labels
         if len(labels) != count or max(labels) >= self.graph.classes:
             raise Mismatch(f'client "{self.name}" sent labels {list(labels)} for {count} samples')
-        activations = self._tensor(m.Region.ACTIVATIONS, count, self.graph.cut)
+        activations = self._activations(count)
         self.traffic.activations_up += self.traffic.up - before
         return Part(activations, torch.tensor(list(labels), dtype=torch.int64))
 
-    def _tensor(self, region: m.Region, count: int, name: str) -> Tensor:
-        values = self.floats(region, count * self.graph.elements(name))
-        return torch.from_numpy(values.reshape(count, *self.graph.shapes[name]))
+    def _activations(self, count: int) -> Tensor:
+        """Those of the first count samples held, as they come through their codec."""
+        region = m.Region.CODED_ACTIVATIONS
+        if self._up.kind == "float32":
+            region = m.Region.ACTIVATIONS
+        values = self._decoded(self._up, self.read(region, 0, count * self._up.size))
+        return torch.from_numpy(values.reshape(count, *self.graph.shapes[self.graph.cut]))
+
+    def _decoded(self, codec: Codec, code: bytes) -> Array:
+        try:
+            return codec.decode(code)
+        except ValueError as error:
+            raise Mismatch(
+                f'client "{self.name}" on {self.link.name} sent activations that are no '
+                f"{codec.kind}: {error}"
+            ) from error
 
     def backward(self, gradient: Tensor | None) -> None:
         """Sends the server's gradient, where there is one, and runs the part backward."""
         if gradient is not None:
-            self.write(m.Region.GRADIENT, gradient.cpu().numpy().astype("<f4").tobytes())
+            plain = self._down.kind == "float32"
+            region = m.Region.GRADIENT if plain else m.Region.CODED_GRADIENT
+            values = gradient.cpu().numpy().reshape(len(gradient), -1)
+            self.write(region, self._down.encode(values))
         self.request(m.Backward(), m.Done)
 
     def step(self) -> Stepped:
@@ -333,8 +362,9 @@ class Device:
         """Activations and logits of at most capacity uint8 images."""
         self.write(m.Region.INPUT, np.ascontiguousarray(images).tobytes())
         self.request(m.Infer(len(images)), m.Done)
-        activations = self._tensor(m.Region.ACTIVATIONS, len(images), self.graph.cut)
-        return activations, self._tensor(m.Region.LOGITS, len(images), self.graph.logits)
+        activations = self._activations(len(images))
+        logits = self.floats(m.Region.LOGITS, len(images) * self.graph.classes)
+        return activations, torch.from_numpy(logits.reshape(len(images), self.graph.classes))
 
     def gradients(self) -> dict[str, Array]:
         """Gradients of this batch so far, by parameter."""

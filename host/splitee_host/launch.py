@@ -137,6 +137,7 @@ class Launcher:
             link,
             member.build,
             fleet.settings,
+            coding=member.table.coding,
             cut=member.cut.name,
             upto=member.upto,
             patience=fleet.rejoin_within,

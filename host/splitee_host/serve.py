@@ -15,14 +15,18 @@ import torch
 from torch import Tensor
 
 from splitee.client import LocalClient, Part, Place, Settings, State
+from splitee.codec import KINDS, PLAIN, Codec, Kind
 from splitee.data import Images
 from splitee.errors import LinkClosed, NotFinite
+from splitee.ops import Array
 from splitee.place import Build
 from splitee_host.link import Link
 from splitee_host.wire import messages as m
 from splitee_host.wire.frame import Frame, FrameReader, encode
 
 RECEIVE_MAX = SEND_MAX = 1 << 16  # largest body of a frame, bytes
+
+_KINDS: dict[int, Kind] = {m.Codec[k.replace("-", "_").upper()]: k for k in KINDS}
 
 
 @dataclass
@@ -52,6 +56,7 @@ class _Server:
 
     def __init__(self, client: LocalClient, build: Build) -> None:
         self._client = client
+        self._client.coding = PLAIN  # what crosses the link is coded here
         self._build = build
         graph = build.graph
         self._shard = bytearray(build.samples_max * build.record_size)
@@ -62,6 +67,7 @@ class _Server:
         self._written: set[int] = set()  # those that the host changed since
         self._phase = 0  # 0 idle, 1 after Forward, 2 after Backward
         self._part: Part | None = None
+        self._coded: bytes | None = None  # of the activations held, once asked for
         self._session = 0
         self._sequence = 0
         self._answer: m.Message = m.Done()
@@ -93,6 +99,7 @@ class _Server:
         try:
             if not isinstance(request, m.Read | m.Write):
                 self._settle()
+                self._coded = None
             began = time.perf_counter()
             answer = self._on(request)
             if isinstance(request, m.Forward | m.Infer | m.Backward | m.Step):
@@ -121,6 +128,8 @@ class _Server:
                 self._settings(request)
             case m.Select(cut, upto):
                 self._on_select(cut, upto=bool(upto))
+            case m.Coding(activations, gradient, kept):
+                self._on_coding(activations, gradient, kept)
             case m.Data(offset, content):
                 self._shard[_within(self._shard, offset, len(content))] = content
             case m.Place(samples, position, seed, epoch, steps):
@@ -154,8 +163,26 @@ class _Server:
         stage = self._build.stages[cut - 1]
         # of a cut that stays, all exits there are belong to the segment
         self._client.move(stage.cut, upto=upto or not self._build.moves)
-        size = 4 * self._build.capacity * self._build.graph.elements(stage.point)
+        elements = self._build.graph.elements(stage.point)
+        size = 4 * self._build.capacity * elements
         self._gradient, self._activations = bytearray(size), bytearray(size)
+        self._code(Codec("float32", elements), Codec("float32", elements))
+
+    def _code(self, up: Codec, down: Codec) -> None:
+        self._up, self._down = up, down
+        self._coded_gradient = bytearray(self._build.capacity * down.size)
+
+    def _on_coding(self, activations: int, gradient: int, kept: int) -> None:
+        if self._phase != 0:
+            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+        codecs = []
+        for number in (activations, gradient):
+            kind = _KINDS.get(number)
+            codec = kind and Codec(kind, self._up.elements, kept if kind == "top-k" else 0)
+            if not codec or codec.fault or (kind == "top-k" and kept == 0):
+                raise _Refusal(m.Error.BAD_CODEC, number)
+            codecs.append(codec)
+        self._code(*codecs)
 
     def _settings(self, s: m.Settings) -> None:
         if s.momentum and not self._build.momentum:
@@ -215,10 +242,24 @@ class _Server:
         gradient = None
         if self._client.settings.wants_gradient:
             sent = self._part.activations
-            values = np.frombuffer(bytes(self._gradient), "<f4")[: sent.numel()]
-            gradient = torch.from_numpy(values.copy()).reshape(sent.shape)
+            values = self._sent_gradient(len(sent))
+            gradient = torch.from_numpy(values).reshape(sent.shape)
         self._client.backward(gradient)
         self._phase = 2
+
+    def _sent_gradient(self, count: int) -> Array:
+        """What the host wrote for the first count samples."""
+        codec, size = self._down, self._down.size
+        if codec.kind == "float32":
+            return codec.decode(bytes(self._gradient[: count * size]))
+        samples = [bytes(self._coded_gradient[i * size : (i + 1) * size]) for i in range(count)]
+        values = []
+        for i, sample in enumerate(samples):
+            try:
+                values.append(codec.decode(sample))
+            except ValueError as error:
+                raise _Refusal(m.Error.BAD_CODE, i) from error
+        return np.concatenate(values)
 
     def _step(self) -> m.Stepped:
         if self._phase != 2:
@@ -251,12 +292,18 @@ class _Server:
             if region not in self._floats:
                 self._floats[region] = self._read_floats(region)
             return self._floats[region]
+        if region == m.Region.CODED_ACTIVATIONS:
+            if self._coded is None:
+                values = np.frombuffer(bytes(self._activations), "<f4")
+                self._coded = self._up.encode(values.reshape(-1, self._up.elements))
+            return bytearray(self._coded)
         found = (
             {
                 m.Region.SHARD: self._shard,
                 m.Region.INPUT: self._images,
                 m.Region.ACTIVATIONS: self._activations,
                 m.Region.GRADIENT: self._gradient,
+                m.Region.CODED_GRADIENT: self._coded_gradient,
                 m.Region.LOGITS: self._logits,
             }.get(m.Region(region))
             if region in list(m.Region)
@@ -288,7 +335,12 @@ class _Server:
     def _write(self, region: int, offset: int, content: bytes) -> None:
         buffer = self._region(region)
         place = _within(buffer, offset, len(content))
-        read_only = {m.Region.ACTIVATIONS, m.Region.LOGITS, m.Region.GRADIENTS}
+        read_only = {
+            m.Region.ACTIVATIONS,
+            m.Region.CODED_ACTIVATIONS,
+            m.Region.LOGITS,
+            m.Region.GRADIENTS,
+        }
         if self._phase == 1:  # the firmware holds the part there
             read_only.add(m.Region.INPUT)
         if region in read_only:

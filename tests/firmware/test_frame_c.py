@@ -221,6 +221,7 @@ def test_the_header_agrees_with_the_published_bytes_on_codes_sizes_and_tails(
         f"static_assert(MESSAGES_SCHEMA == {messages.schema()}u, {json.dumps('schema')});",
         f"static_assert(REGION_COUNT == {len(messages.Region)}, {json.dumps('regions')});",
         'static_assert(REGION_LOGITS == 6 && ERROR_OUT_OF_RANGE == 4, "numbers");',
+        'static_assert(CODEC_INT8 == 2 && CODEC_TOP_K == 4, "codecs");',
     ]
     source = tmp_path / "agrees.c"
     source.write_text("\n".join([*lines, ""]))

@@ -352,9 +352,9 @@ REFUSED = {
     # regions
     "reading a region that there is not": Refused(
         "idle",
-        m.Read(9, 0, 0),
+        m.Read(11, 0, 0),
         m.Error.NO_SUCH_REGION,
-        9,
+        11,
     ),
     "writing a region that there is not": Refused(
         "idle",
@@ -586,6 +586,7 @@ def test_nothing_can_be_read_from_a_memory_that_was_not_built_in(kind: str, fold
 def test_every_refusal_is_reached_above() -> None:
     reached = {case.error for case in REFUSED.values()}
     elsewhere = {m.Error.NO_DATA, m.Error.BAD_LABEL, m.Error.NO_MOMENTUM, m.Error.NOT_FINITE}
+    elsewhere |= {m.Error.BAD_CODEC, m.Error.BAD_CODE}  # test_codec.py
     elsewhere |= {m.Error.NOT_WHOLE, m.Error.NO_CLIP, m.Error.LOCAL_ONLY}  # firmware/test_levers.py
     assert reached == set(m.Error) - elsewhere
 
@@ -621,6 +622,11 @@ WORDS = {
     ),
     "Read refused: its segment has 40 steps": (m.Error.BAD_STEP, 40),
     "Read refused: its segment has 3 cuts: run `splitee build`": (m.Error.NO_SUCH_CUT, 3),
+    "Read refused: it has no codec 4 for samples of this size: run `splitee build`": (
+        m.Error.BAD_CODEC,
+        4,
+    ),
+    "Read refused: the coded gradient of sample 2 is no code": (m.Error.BAD_CODE, 2),
     "Read refused: error 77, detail 5": (77, 5),
 }
 

@@ -130,13 +130,15 @@ def test_the_schema_changes_with_a_field(
     assert messages.schema() != before
 
 
-def test_the_schema_names_every_field_region_and_error() -> None:
+def test_the_schema_names_every_field_region_codec_and_error() -> None:
     lines = messages.description().splitlines()
     assert "04 Place samples:H position:H seed:I epoch:I steps:I" in lines
     assert "0a Write region:B offset:I content:s" in lines
     assert "region 5 GRADIENT" in lines
+    assert "codec 2 INT8" in lines
     assert "error 4 OUT_OF_RANGE" in lines
-    assert len(lines) == len(MESSAGES) + len(messages.Region) + len(messages.Error)
+    numbers = (messages.Region, messages.Codec, messages.Error)
+    assert len(lines) == len(MESSAGES) + sum(map(len, numbers))
 
 
 def test_regions_are_counted_from_zero_without_a_gap() -> None:

@@ -16,8 +16,8 @@ KEYS = {
     "model": "name, width, norm, batch_norm",
     "data": "name, samples",
     "optimizer": "learning_rate, schedule, step_every, step_factor, momentum, weight_decay, clip",
-    "client": "name, board, link, cut, deepest, capacity, relu_bits, float16, "
-    "recompute, fused_update, local_only, share",
+    "client": "name, board, link, cut, deepest, capacity, relu_bits, float16, recompute, "
+    "fused_update, local_only, share, codec, gradient_codec, top_k",
 }
 
 BAD = {
@@ -84,6 +84,17 @@ BAD = {
     "none-of-the-choices": (
         f'name = "x"\nstrategy = "average"\n{CLIENT}',
         ["2: strategy: Input should be 'averaging' or 'sequential', not 'average'"],
+    ),
+    "no-such-codec": (
+        f'name = "x"\n{CLIENT}codec = "int9"\n',
+        [
+            "4: client[0].codec: Input should be 'float32', 'float16', 'int8', 'int4' or 'top-k', "
+            "not 'int9'"
+        ],
+    ),
+    "all-of-the-elements": (
+        f'name = "x"\n{CLIENT}gradient_codec = "top-k"\ntop_k = 1\n',
+        ["5: client[0].top_k: Input should be less than 1, not 1"],
     ),
     "too-small": (
         f'name = "x"\n[model]\nwidth = 0\n{CLIENT}',

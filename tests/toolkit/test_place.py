@@ -29,7 +29,7 @@ def test_a_build_takes_what_pencil_and_paper_say() -> None:
     assert stem.weight_bytes == 4 * parameters
     assert stem.record_size == 1 + 64
     assert stem.shard_bytes == 100 * (65 + 2)  # a uint16 of the order for each record
-    assert stem.bytes_up_per_sample == 4 * 256 + 1
+    assert stem.bytes_up_per_sample() == 4 * 256 + 1
     # capacity: a label for each sample held
     expected = stem.arena_bytes + 4 * parameters + 6_700 + 4 + 5_000 + 3_000
     assert stem.ram_bytes(ROOM) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -229,12 +230,28 @@ class Assembly:
         room = self.boards[name].room
         if room is not None and build.shortage(room):
             raise FitError(self._no_fit(table, deepest))
+        self._check_codecs(table, segment, moves=moves)
         if self.norm == "batch":
             self._check_batch_norm(name, deepest, build)
         seed = (self.fleet.seed * 4096 + index) & 0xFFFFFFFF  # 32 bits on a device
         # without other cuts, the exits that are built in are those that the fleet has
         upto = not moves or self.fleet.exits == "upto"
         return Member(table, cut, upto, segment, build, self._shards[name], seed)
+
+    def _check_codecs(self, table: ClientTable, segment: Segment, *, moves: bool) -> None:
+        """Raises FleetError where a codec is of no use at a cut that the client can be at."""
+        names = segment.exit_names if moves else segment.exit_names[-1:]
+        for cut in (c for c in self.cuts if c.name in names):
+            elements = math.prod(cut.shape)
+            for key, codec in (
+                ("codec", table.coding.up(elements)),
+                ("gradient_codec", table.coding.down(elements)),
+            ):
+                if codec.fault:
+                    raise FleetError(
+                        f'client "{table.name}": {key} = "{codec.kind}" at {cut.name}: '
+                        f"{codec.fault}: take another"
+                    )
 
     def _check_batch_norm(self, name: str, cut: Cut, build: Build) -> None:
         """Raises FleetError where batch norm would have too few samples to learn from."""
@@ -267,6 +284,7 @@ class Assembly:
             scale=self.dataset.scale,
             shift=self.dataset.shift,
             device=device,
+            coding=member.table.coding,
         )
         client.move(member.cut.name, upto=member.upto)
         return client

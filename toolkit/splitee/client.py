@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from splitee import step
+from splitee.codec import PLAIN, Codec, Coding
 from splitee.data import Images, draw_order
 from splitee.errors import NotFinite
 from splitee.model import Segment
@@ -184,8 +185,11 @@ class LocalClient:
         scale: tuple[float, ...],
         shift: tuple[float, ...],
         device: str = "cpu",
+        coding: Coding = PLAIN,
     ) -> None:
+        """coding: what crosses its cut is what a device with these codecs would send and get."""
         self.name = name
+        self.coding = coding
         self.cut = segment.cut.name
         self.capacity = capacity
         self.traffic = Traffic()
@@ -315,9 +319,9 @@ class LocalClient:
         self._loss += own.item()
         self._correct += int((logits.argmax(1) == labels).sum())
         self._pass = _Pass(points[-1], loss)
-        sent = points[-1].detach()
-        self.traffic.activations_up += sent.nbytes + count
-        self.traffic.up += sent.nbytes + count
+        sent, size = _through(self.coding.up(points[-1][0].numel()), points[-1].detach())
+        self.traffic.activations_up += size + count
+        self.traffic.up += size + count
         return Part(sent, labels)
 
     def backward(self, gradient: Tensor | None) -> None:
@@ -325,9 +329,10 @@ class LocalClient:
         assert self._pass is not None, "backward comes after forward"
         tensors, gradients = [self._pass.loss], [torch.ones_like(self._pass.loss)]
         if gradient is not None:
-            self.traffic.down += gradient.nbytes
+            came, size = _through(self.coding.down(gradient[0].numel()), gradient)
+            self.traffic.down += size
             tensors.append(self._pass.activations)
-            gradients.append(gradient.to(self.device) * self.settings.server_weight)
+            gradients.append(came.to(self.device) * self.settings.server_weight)
         torch.autograd.backward(tensors, gradients)
         self._pass = None
 
@@ -356,7 +361,8 @@ class LocalClient:
         self.segment.eval()
         points, logits = self.segment(self._input(images))
         self.segment.train()
-        return points[-1], logits[-1]
+        sent, _ = _through(self.coding.up(points[-1][0].numel()), points[-1])
+        return sent, logits[-1]
 
     def gradients(self, *, every: bool = False) -> dict[str, Array]:
         """Gradients of this batch so far, by parameter (zeros where nothing came)."""
@@ -367,6 +373,15 @@ class LocalClient:
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+def _through(codec: Codec, tensor: Tensor) -> tuple[Tensor, int]:
+    """What comes out at the other end of a codec, and the bytes in between."""
+    size = len(tensor) * codec.size
+    if codec.kind == "float32":
+        return tensor, size
+    values = codec.decode(codec.encode(tensor.cpu().numpy().reshape(len(tensor), -1)))
+    return torch.from_numpy(values).reshape(tensor.shape).to(tensor.device), size
 
 
 def _array(tensor: Tensor) -> Array:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from splitee.client import Settings, trunk_weights
+from splitee.codec import Coding, Kind
 from splitee.errors import FleetError
 from splitee.steps import Levers
 
@@ -74,6 +75,15 @@ class ClientTable(_Table):
     fused_update: bool = False
     local_only: bool = False
     share: Annotated[float, Field(gt=0)] = 1.0  # of the training data, relative to the others
+    # how what crosses its cut is coded: activations, and the gradient that the server returns
+    codec: Kind = "float32"
+    gradient_codec: Kind = "float32"
+    top_k: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of the elements that top-k keeps
+
+    @property
+    def coding(self) -> Coding:
+        """Its codecs."""
+        return Coding(self.codec, self.gradient_codec, self.top_k)
 
     @property
     def levers(self) -> Levers:

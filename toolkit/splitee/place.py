@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from splitee import arena
+from splitee.codec import PLAIN, Coding
 from splitee.errors import CutError
 from splitee.graph import Graph, Stage
 from splitee.schedule import schedule
@@ -117,10 +118,9 @@ class Build:
         """RAM of the shard: records, and a uint16 place in the data order for each."""
         return self.samples_max * (self.record_size + 2)
 
-    @property
-    def bytes_up_per_sample(self) -> int:
-        """What a sample sends up at the deepest cut: its activations as float32, and its label."""
-        return 4 * self.graph.elements(self.graph.cut) + 1
+    def bytes_up_per_sample(self, coding: Coding = PLAIN) -> int:
+        """What a sample sends up at the deepest cut: its activations, coded, and its label."""
+        return coding.up(self.graph.elements(self.graph.cut)).size + 1
 
     @property
     def arena_bytes(self) -> int:

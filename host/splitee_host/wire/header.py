@@ -19,6 +19,7 @@ from splitee_host.wire.messages import (
     ANSWERS,
     NOT_FINITE_LOSS,
     REQUESTS,
+    Codec,
     Error,
     Message,
     Region,
@@ -37,7 +38,7 @@ _TOP = f"""\
 // MESSAGE_X is the code of a message, MESSAGE_X_SIZE the bytes of its fixed fields, and
 // MESSAGE_X_TAIL is 1 when a tail of bytes follows them in the body. Requests are unpacked and
 // answers packed; body and tail belong to the caller, who has checked the size.
-// host/splitee_host/wire/messages.py, its source, says what the fields, regions and errors mean.
+// Its source, host/splitee_host/wire/messages.py, says what fields, regions, codecs and errors are.
 #ifndef MESSAGES_H
 #define MESSAGES_H
 
@@ -56,6 +57,7 @@ def render() -> str:
         f"{_TOP}#define MESSAGES_SCHEMA 0x{schema():08X}u\n",
         _enum("region", Region),
         f"#define REGION_COUNT {len(Region)}u\n",
+        _enum("codec", Codec),
         _enum("error", Error),
         f"#define NOT_FINITE_LOSS 0x{NOT_FINITE_LOSS:08X}u\n",
         *(_message(message, "unpack") for message in REQUESTS),

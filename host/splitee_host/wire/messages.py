@@ -33,6 +33,18 @@ class Region(IntEnum):
     LOGITS = 6  # float32 of the exit at the cut: capacity x classes
     GRADIENTS = 7  # float32 of every parameter, summed over the parts of this batch
     ARENA = 8  # the whole arena, for single-stepping with Run
+    CODED_ACTIVATIONS = 9  # ACTIVATIONS by their codec, made as they are read: capacity x its size
+    CODED_GRADIENT = 10  # GRADIENT by its codec, if not float32: Backward decodes it to there
+
+
+class Codec(IntEnum):
+    """How a tensor is coded; ``splitee.codec`` defines the bytes."""
+
+    FLOAT32 = 0
+    FLOAT16 = 1
+    INT8 = 2
+    INT4 = 3
+    TOP_K = 4
 
 
 class Error(IntEnum):
@@ -54,6 +66,8 @@ class Error(IntEnum):
     NOT_WHOLE = 14  # detail: the capacity; layers that learn at once take a batch as one part
     NO_CLIP = 15  # detail: 0; layers that learn at once know no norm of all gradients
     LOCAL_ONLY = 16  # detail: 0; there is no room for the server's gradient
+    BAD_CODEC = 17  # detail: the codec, which it has not, or which is none for samples of this size
+    BAD_CODE = 18  # detail: the sample whose coded gradient nobody can have made
 
 
 NOT_FINITE_LOSS = 0xFFFFFFFF
@@ -200,12 +214,26 @@ class Select(Message):
     """Puts the cut at one of those that are built in; it waits for an idle device.
 
     At power-up it is the last, with all exits. Layers that take no part keep their weights and
-    their momentum; Region.ACTIVATIONS, GRADIENT and LOGITS are those at the cut.
+    their momentum; Region.ACTIVATIONS, GRADIENT and LOGITS are those at the cut. Their codecs are
+    float32 from here on.
     """
 
     CODE = 0x0D
     cut: U8  # 1 is the shallowest
     upto: U8  # 0: the exit at the cut learns; otherwise all up to it do
+
+
+@dataclass(frozen=True)
+class Coding(Message):
+    """Codecs of the tensors that cross the cut, until the next Select; it waits for an idle device.
+
+    A codec must not take more than float32 does for samples of this size.
+    """
+
+    CODE = 0x0E
+    activations: U8  # a Codec
+    gradient: U8  # a Codec
+    kept: U16  # elements of a sample that top-k keeps
 
 
 @dataclass(frozen=True)
@@ -296,6 +324,7 @@ REQUESTS: tuple[type[Message], ...] = (
     Stats,
     Run,
     Select,
+    Coding,
 )
 ANSWERS: tuple[type[Message], ...] = (
     Done,
@@ -343,12 +372,13 @@ def unpack(code: int, body: bytes) -> Message:
 
 
 def description() -> str:
-    """The whole schema as text, a line per message, region and error, in a fixed order."""
+    """The whole schema as text, a line per message, region, codec and error, in a fixed order."""
     lines = [
         f"{code:02x} {m.__name__} " + " ".join(f"{name}:{kind}" for name, kind in layout(m))
         for code, m in sorted(MESSAGES.items())
     ]
     lines += [f"region {r.value} {r.name}" for r in Region]
+    lines += [f"codec {c.value} {c.name}" for c in Codec]
     lines += [f"error {e.value} {e.name}" for e in Error]
     return "\n".join(lines)
 
