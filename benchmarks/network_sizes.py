@@ -33,7 +33,11 @@ board = "{}"
 cut = "stem"
 """
 PARTS = {
-    "frames": r"protocol/frame\.o",
+    "frames and seals": r"protocol/(frame|seal)\.o",
+    "sessions": r"core/session\.o",
+    "requests": r"core/device\.o",
+    "codecs": r"protocol/codec\.o",
+    "BLAKE2s": r"protocol/blake2s\.o",
     "ARP, IPv4, ICMP and UDP": r"net/net\.o",
     "Ethernet driver": r"ports/mps2/lan9118\.o",
     "link": r"ports/mps2/(udp|serial)\.o",  # with its buffers: two packets, or the ring

@@ -127,13 +127,14 @@ class Target:
         return to_c(segment(name)) if self.program == "any_requests.c" else ""
 
 
-_CORE = ("core/order.c", "core/step.c", "core/fused.c", "protocol/frame.c", "protocol/codec.c")
+_FRAME = ("protocol/frame.c", "protocol/seal.c")
+_CORE = ("core/order.c", "core/step.c", "core/fused.c", *_FRAME, "protocol/codec.c")
 _KERNELS = tuple(
     str(path.relative_to(ROOT / "firmware"))
     for path in sorted((ROOT / "firmware" / "kernels").glob("**/*.c"))
 )
 TARGETS = {
-    "frame": Target("any_bytes.c", ("protocol/frame.c",), longest=600),  # two full blocks and more
+    "frame": Target("any_bytes.c", _FRAME, longest=600),  # two full blocks and more
     "device": Target("any_requests.c", _CORE + _KERNELS, longest=1024),
     "lean": Target("any_requests.c", _CORE + _KERNELS, longest=1024),
 }
@@ -211,12 +212,14 @@ def _conversation(name: str) -> list[bytes]:
     built = segment(name)
     size = built.record_size
     moves = built.moves
-    hello = Request(m.Hello.CODE, m.Hello(m.schema()).pack(), SESSION)
+    hello = Request(m.Hello.CODE, m.Hello(m.schema(), 1).pack(), SESSION)
     settings = m.Settings(0.1, 0.9 if moves else 0.0, 0.01, 0.5, 0.5, 1.0 if moves else 0.0)
     records = b"".join(bytes([i % 3, *range(i, i + size - 1)]) for i in range(built.samples_max))
     weights = built.graph.flatten(built.graph.weights).astype("<f4").tobytes()
     start: list[m.Message | Request] = [hello, settings]
-    start += [m.Data(at, records[at : at + 160]) for at in range(0, len(records), 160)]
+    start += [
+        m.Write(m.Region.SHARD, at, records[at : at + 160]) for at in range(0, len(records), 160)
+    ]
     start += [
         m.Write(m.Region.WEIGHTS, at, weights[at : at + 160]) for at in range(0, len(weights), 160)
     ]
@@ -238,7 +241,14 @@ def _conversation(name: str) -> list[bytes]:
         [*start, step, m.Backward(), m.Infer(2), m.Forward(1, 2), hello, *batch],
         [*start, m.Select(1, 0), *batch, m.Select(2, 0), *batch, m.Select(2, 1), *ends],
         [*start, m.Forward(7, 7), m.Forward(0, 0), m.Forward(3, 2), *last],
-        [*start, m.Data(size, b"\x03"), m.Data(4 * size, b"\xff"), *batch, *batch, *batch],
+        [
+            *start,
+            m.Write(m.Region.SHARD, size, b"\x03"),
+            m.Write(m.Region.SHARD, 4 * size, b"\xff"),
+            *batch,
+            *batch,
+            *batch,
+        ],
         [*start, Request(m.Stats.CODE, b"", DAMAGED), m.Stats()],
         [*start, *batch, Request(m.Step.CODE, b"", REPEATED), m.Stats()],
         [*start, Request(m.Step.CODE, b"", LATE), Request(m.Step.CODE, b"", EARLY), *batch],

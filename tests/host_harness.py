@@ -15,12 +15,13 @@ from typing import Self
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from splitee.client import LocalClient, Settings, State
 from splitee.codec import PLAIN, Coding
 from splitee.place import Build
 from splitee_exporters.c import to_c
-from splitee_host import boards
+from splitee_host import boards, exchange, keys, window
 from splitee_host.cli import main
 from splitee_host.device import Device
 from splitee_host.link import Link, memory_pair
@@ -30,11 +31,13 @@ from step_harness import SETTINGS, Case
 ENDS = ("firmware", "python")
 
 
-def built(case: Case, folder: Path) -> boards.Firmware:
+def built(case: Case, folder: Path, key: bytes | None = None) -> boards.Firmware:
     """The case's firmware for this machine, under sanitizers; built once in a folder."""
-    place = folder / f"{case.build.checksum:08x}"
+    place = folder / f"{case.build.checksum:08x}{key.hex() if key else ''}"
     if not (place / "device.elf").exists():
         place.mkdir(parents=True)
+        if key:
+            (place / "key.c").write_text(keys.source(key))
         (place / "segment.c").write_text(to_c(case.build))
         # -O1: sanitizers make the compiler slow enough
         posix, quick = boards.load_boards()["posix"], {"OPTIMIZE": "-O1"}
@@ -98,6 +101,12 @@ def host(
         session=session,
         patience=20.0,
     )
+
+
+def waits(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Hosts wait so long for an answer, not as long as was measured, until they ask again."""
+    monkeypatch.setattr(exchange, "_HELLO_AGAIN", (seconds, seconds))
+    monkeypatch.setattr(window.RoundTrip, "timeout", seconds)
 
 
 def differences(a: State, b: State) -> list[str]:

@@ -1,8 +1,8 @@
 // device.c: carries out the host's requests on the segment; each answer goes back at once.
 //
-// A request is acted on once: the same sequence number again is answered with the last answer, and
-// any number but the next is ignored, so a lost, doubled or late frame never trains twice. Only a
-// Read, which changes nothing, is carried out again.
+// A request is acted on once: the same number again is answered with the last answer, and any
+// number but the next is ignored, so a lost, doubled or late frame never trains twice. Reads and
+// Writes of one number are pieces of a transfer: nothing comes of carrying them out again.
 #include "core/device.h" // itself
 
 #include <string.h>
@@ -10,6 +10,7 @@
 #include "core/order.h"        // data order
 #include "core/port.h"         // link and clock
 #include "core/segment.h"      // the network
+#include "core/session.h"      // whose requests
 #include "core/step.h"         // its update
 #include "kernels/kernels.h"   // normalize_forward
 #include "protocol/codec.h"    // tensors that cross the link
@@ -25,7 +26,7 @@
 enum phase { IDLE, FORWARDED, ACCUMULATED }; // what a training batch waits for
 
 // An answer: fixed fields here, and a tail that is sent from where it lies.
-static struct {
+static struct answer {
     uint8_t code;
     uint8_t fields[ANSWER_MAX];
     size_t size;
@@ -33,10 +34,10 @@ static struct {
     size_t tail_size;
 } answer;
 
-static uint8_t received[RECEIVE_MAX + FRAME_HEADER_SIZE + FRAME_CRC_SIZE];
+static uint8_t acted; // whether the last number was acted on, and the answer is the one to it
+
+static uint8_t received[FRAME_SIZE(RECEIVE_MAX)];
 static struct frame_reader reader;
-static uint16_t session;  // of the host; 0 before the first hello
-static uint16_t sequence; // of the last request carried out
 
 static struct message_settings settings;
 static struct message_place place;
@@ -144,25 +145,30 @@ static void store(uint8_t which, uint32_t offset, const uint8_t *bytes, size_t s
         return;
     }
     memcpy(to.base, bytes, size);
-    done();
+    const struct message_written m = {.offset = offset};
+    message_written_pack(&m, answer.fields);
+    answer_fields(MESSAGE_WRITTEN, MESSAGE_WRITTEN_SIZE);
 }
 
-// requests; act() has checked the length of the body
+// requests; the length of the body is checked
 
-static void on_hello(const uint8_t *body, size_t size) {
-    (void)size;
-    (void)body; // the host compares the schemas: it owns the words
-    phase = IDLE;
-    const struct message_welcome w = {
+static void on_hello(const struct frame *f) {
+    struct message_hello hello = {0}; // of another schema, it may be of any size
+    if (f->size >= MESSAGE_HELLO_SIZE) {
+        message_hello_unpack(&hello, f->body);
+    }
+    struct message_welcome w = {
         .schema = MESSAGES_SCHEMA,
         .segment = segment.checksum,
         .receive_max = RECEIVE_MAX,
         .send_max = port_send_max,
+        .window = port_window,
         .samples_max = segment.samples_max,
         .samples = place.samples,
         .steps = place.steps,
-        .shard = frame_crc32(0, segment.shard, place.samples * (size_t)(1 + segment.input_size)),
+        .shard = seal_crc32(0, segment.shard, place.samples * (size_t)(1 + segment.input_size)),
     };
+    session_greet(f->session, &hello, &w);
     message_welcome_pack(&w, answer.fields);
     answer_fields(MESSAGE_WELCOME, MESSAGE_WELCOME_SIZE);
 }
@@ -229,12 +235,6 @@ static void on_settings(const uint8_t *body, size_t size) {
     }
     settings = m;
     done();
-}
-
-static void on_data(const uint8_t *body, size_t size) {
-    struct message_data m;
-    message_data_unpack(&m, body);
-    store(REGION_SHARD, m.offset, body + MESSAGE_DATA_SIZE, size - MESSAGE_DATA_SIZE);
 }
 
 static void on_place(const uint8_t *body, size_t size) {
@@ -422,7 +422,8 @@ static void on_read(const uint8_t *body, size_t size) {
     message_read_unpack(&m, body);
     struct memory from;
     const int coded = m.region == REGION_CODED_ACTIVATIONS;
-    const uint32_t most = coded && port_send_max > RECEIVE_MAX ? RECEIVE_MAX : port_send_max;
+    const uint32_t sent = port_send_max - MESSAGE_CONTENT_SIZE;
+    const uint32_t most = coded && sent > RECEIVE_MAX ? RECEIVE_MAX : sent;
     if (m.length > most) {
         refuse(ERROR_OUT_OF_RANGE, most);
     } else if (locate(m.region, m.offset, m.length, &from)) {
@@ -431,6 +432,8 @@ static void on_read(const uint8_t *body, size_t size) {
                          m.length);
             from.base = received;
         }
+        const struct message_content c = {.offset = m.offset};
+        message_content_pack(&c, answer.fields);
         answer_fields(MESSAGE_CONTENT, MESSAGE_CONTENT_SIZE);
         answer_tail(from.base, m.length);
     }
@@ -453,6 +456,7 @@ static void on_stats(const uint8_t *body, size_t size) {
         .steps = place.steps,
         .frames = frames,
         .bad_frames = reader.bad,
+        .foreign_frames = session_foreign(),
         .repeated_frames = repeated,
         .compute_micros = compute_micros,
         .stack_used = port_stack_used(),
@@ -493,11 +497,9 @@ static const struct {
     uint8_t tail;
     void (*on)(const uint8_t *body, size_t size);
 } requests[] = {
-    {MESSAGE_HELLO, MESSAGE_HELLO_SIZE, MESSAGE_HELLO_TAIL, on_hello},
     {MESSAGE_SELECT, MESSAGE_SELECT_SIZE, MESSAGE_SELECT_TAIL, on_select},
     {MESSAGE_CODING, MESSAGE_CODING_SIZE, MESSAGE_CODING_TAIL, on_coding},
     {MESSAGE_SETTINGS, MESSAGE_SETTINGS_SIZE, MESSAGE_SETTINGS_TAIL, on_settings},
-    {MESSAGE_DATA, MESSAGE_DATA_SIZE, MESSAGE_DATA_TAIL, on_data},
     {MESSAGE_PLACE, MESSAGE_PLACE_SIZE, MESSAGE_PLACE_TAIL, on_place},
     {MESSAGE_FORWARD, MESSAGE_FORWARD_SIZE, MESSAGE_FORWARD_TAIL, on_forward},
     {MESSAGE_INFER, MESSAGE_INFER_SIZE, MESSAGE_INFER_TAIL, on_infer},
@@ -524,26 +526,43 @@ static void act(const struct frame *f) {
     refuse(ERROR_UNKNOWN_MESSAGE, f->code);
 }
 
+static void send(enum turn turn) {
+    session_answer(turn, answer.code, answer.fields, answer.size, answer.tail, answer.tail_size);
+}
+
 static void on_frame(const struct frame *f) {
-    const int opens = f->code == MESSAGE_HELLO && f->session != session;
-    const uint16_t ahead = (uint16_t)(f->sequence - sequence);
-    frames++;
-    if (f->session == 0 || (!opens && (f->session != session || ahead > 1))) {
-        return; // of no session, of another, or late
+    const int moves = f->code == MESSAGE_READ || f->code == MESSAGE_WRITE;
+    const enum turn turn = session_take(&reader, f);
+    frames += turn != TURN_NONE;
+    repeated += turn == TURN_AGAIN && !moves;
+    if (turn == TURN_NONE || (turn == TURN_AGAIN && moves == acted)) {
+        return; // the number of an act is no other's
     }
-    const int again = !opens && ahead == 0;
-    repeated += (uint32_t)again;
-    if (!again || f->code == MESSAGE_READ) { // what a Read sent may lie where this frame came
-        session = f->session;
-        sequence = f->sequence;
+    if (turn == TURN_FIRST) {
+        phase = IDLE;
+    }
+    if (turn == TURN_HELLO || moves) {
+        const struct answer kept = answer; // what was acted on last may come again
+        if (moves) {
+            acted = 0;
+            act(f);
+        } else {
+            on_hello(f);
+        }
+        send(turn);
+        answer = kept;
+        return;
+    }
+    if (turn != TURN_AGAIN) {
+        acted = 1;
         act(f);
     }
-    frame_write(answer.code, session, sequence, answer.fields, answer.size, answer.tail,
-                answer.tail_size);
+    send(turn);
 }
 
 void device_init(void) {
     move(segment.cuts - 1u, 1);
+    session_init();
     frame_reader_init(&reader, received, sizeof received);
 }
 

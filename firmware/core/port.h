@@ -8,6 +8,9 @@
 // Largest body of a frame that a port can send in one piece, bytes (datagram ports: one datagram).
 extern uint32_t port_send_max;
 
+// Bytes that may come while the device is busy and are kept until it reads again.
+extern const uint32_t port_window;
+
 // Brings up clocks, memory and the link. argc and argv are 0 and NULL on bare metal.
 void port_init(int argc, char **argv);
 
@@ -19,6 +22,9 @@ void port_write(const uint8_t *bytes, size_t size);
 
 // The frame written since the last flush is complete: a datagram port sends it now.
 void port_flush(void);
+
+// Fills bytes that nobody can foretell; returns 0, and leaves them alone, where there is no source.
+int port_entropy(uint8_t *bytes, size_t size);
 
 // Microseconds since some start; wraps.
 uint32_t port_micros(void);

@@ -66,7 +66,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size) {
     uint32_t bad = 0;
     frame_reader_init(&reader, memory, capacity);
     for (size_t i = 0, start = 0; i < size; i++) {
-        const int found = frame_read(&reader, stream[i], &frame);
+        const int found =
+            frame_read(&reader, stream[i], &frame) && frame_holds(&reader, &frame, NULL);
         if (stream[i] != 0) {
             hold(!found);
             continue;

@@ -3,10 +3,12 @@
 //
 // An input is a row of requests: code u8, how u8, size u8, and so many bytes of body (fewer at the
 // end of the input). They go through device_receive as frames; how says which:
-//   0 to 247 in order · 248 the last one again · 249 one that is late · 250 one too early
-//   251 of the next session · 252 damaged · 253 to 255 the body as it is, and a zero byte
+//   0 to 247 in order, and first of a session that a hello has prepared · 248 the last one again
+//   249 one that is late · 250 one too early · 251 of the next session · 252 damaged
+//   253 to 255 the body as it is, and a zero byte
 // With the core's source in this file, everything can be set back to power-up between two inputs.
 #include "core/device.c"
+#include "core/session.c"
 
 #include <stdlib.h>
 
@@ -26,6 +28,7 @@ static void hold(int condition) {
 // the port
 
 uint32_t port_send_max = 300;
+const uint32_t port_window = 1024;
 
 void port_write(const uint8_t *bytes, size_t size) {
     hold(size <= sizeof sent - sent_size);
@@ -45,6 +48,11 @@ uint32_t port_stack_used(void) {
     return 0;
 }
 
+int port_entropy(uint8_t *bytes, size_t size) {
+    memset(bytes, 7, size);
+    return 1;
+}
+
 uint32_t port_dropped(void) {
     return 0;
 }
@@ -60,7 +68,7 @@ static void power_up(void) {
     memset(&up, 0, sizeof up);
     memset(&down, 0, sizeof down);
     memset(&sending, 0, sizeof sending);
-    session = sequence = 0;
+    acted = 0;
     phase = IDLE;
     frames = repeated = compute_micros = 0;
     sent_size = flushed = now = 0;
@@ -85,8 +93,10 @@ static void check_answer(size_t start) {
         found = frame_read(&answers, sent[i], &f);
     }
     hold(found && answers.bad == 0);
-    hold(f.session == session && f.sequence == sequence && f.size <= port_send_max);
-    hold(f.code >= MESSAGE_DONE);
+    hold(frame_holds(&answers, &f, NULL));
+    const struct session *of = f.code == MESSAGE_WELCOME ? &greeted : &active;
+    hold(f.session == of->number && f.sequence == (uint16_t)of->sequence);
+    hold(f.code >= MESSAGE_DONE && f.size <= port_send_max);
     hold(f.code != MESSAGE_FORWARDED || f.size <= segment.capacity);
     for (size_t i = 0; f.code == MESSAGE_FORWARDED && i < f.size; i++) {
         hold(f.body[i] < segment.classes);
@@ -97,16 +107,28 @@ static void request(uint8_t code, uint8_t how, const uint8_t *body, size_t size)
     static uint8_t wire[1024];
     size_t wire_size = size;
     const size_t start = sent_size;
-    const uint16_t of = (uint16_t)(session + (how == SESSION));
-    // whether the device has to answer: in another session, it takes nothing but a hello
-    const int due = size <= RECEIVE_MAX && of != 0 &&
-                    (how <= REPEATED || (how == SESSION && code == MESSAGE_HELLO));
+    const int hello = code == MESSAGE_HELLO;
+    const int moves = code == MESSAGE_READ || code == MESSAGE_WRITE;
+    const int opens = how < REPEATED && greeted.number != 0 && greeted.number != active.number;
+    const uint16_t next = (uint16_t)(active.number + 1);
+    const uint16_t number = how == SESSION ? next : opens ? greeted.number : active.number;
+    const uint16_t ahead = how == REPEATED ? 0 : how == LATE ? 0xFFFF : how == EARLY ? 2 : 1;
+    const uint16_t after = opens || how == SESSION ? 0 : (uint16_t)active.sequence;
+    const uint16_t sequence = hello ? 0 : (uint16_t)(after + ahead);
+    // whether the device has to answer
+    int due = number != 0 && size <= RECEIVE_MAX;
+    if (how == SESSION && !hello) {
+        due = due && greeted.number == number;
+    } else if (how == REPEATED && !hello) {
+        due = due && active.sequence != 0 && moves != acted;
+    } else if (how > REPEATED && !hello) {
+        due = 0;
+    }
     if (how >= RAW) {
         memcpy(wire, body, size);
         wire[wire_size++] = 0;
     } else {
-        const uint16_t ahead = how == REPEATED ? 0 : how == LATE ? 0xFFFF : how == EARLY ? 2 : 1;
-        frame_write(code, of, (uint16_t)(sequence + ahead), body, size, NULL, 0);
+        frame_write(NULL, code, number, sequence, body, size, NULL, 0);
         wire_size = sent_size - start;
         hold(wire_size <= sizeof wire);
         memcpy(wire, sent + start, wire_size);

@@ -9,10 +9,9 @@
 
 #include "protocol/frame.h" // sizes
 
-// While the device computes, a whole request finds room: COBS adds a byte to 254, and two more.
+// While the device computes, a whole request finds room.
 #define RING_SIZE 2048u
-#define FRAME_MAX (FRAME_HEADER_SIZE + RECEIVE_MAX + FRAME_CRC_SIZE)
-_Static_assert(FRAME_MAX + FRAME_MAX / 254 + 2 <= RING_SIZE, "a frame does not fit the ring");
+_Static_assert(FRAME_CODED_SIZE(RECEIVE_MAX) <= RING_SIZE, "a frame does not fit the ring");
 
 // Both counters run freely; their difference is what the ring holds.
 struct ring {

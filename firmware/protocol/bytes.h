@@ -17,6 +17,10 @@ static inline uint32_t bytes_get_u32(const uint8_t *at) {
     return bytes_get_u16(at) | (uint32_t)bytes_get_u16(at + 2) << 16;
 }
 
+static inline uint64_t bytes_get_u64(const uint8_t *at) {
+    return bytes_get_u32(at) | (uint64_t)bytes_get_u32(at + 4) << 32;
+}
+
 static inline float bytes_get_f32(const uint8_t *at) {
     uint32_t bits = bytes_get_u32(at);
     float value;
@@ -36,6 +40,11 @@ static inline void bytes_put_u16(uint8_t *at, uint16_t value) {
 static inline void bytes_put_u32(uint8_t *at, uint32_t value) {
     bytes_put_u16(at, (uint16_t)value);
     bytes_put_u16(at + 2, (uint16_t)(value >> 16));
+}
+
+static inline void bytes_put_u64(uint8_t *at, uint64_t value) {
+    bytes_put_u32(at, (uint32_t)value);
+    bytes_put_u32(at + 4, (uint32_t)(value >> 32));
 }
 
 static inline void bytes_put_f32(uint8_t *at, float value) {

@@ -10,7 +10,7 @@
 #include "protocol/bytes.h"
 
 // CRC-32 of the whole schema: two ends with the same number speak the same wire.
-#define MESSAGES_SCHEMA 0x329A821Cu
+#define MESSAGES_SCHEMA 0xE0C2F39Eu
 
 enum region {
     REGION_WEIGHTS = 0,
@@ -59,17 +59,19 @@ enum error {
 
 #define NOT_FINITE_LOSS 0xFFFFFFFFu
 
-// Hello: Opens a session (its number stands in the frame's header).
+// Hello: Asks who is there, in a new session, whose number stands in the frame's header.
 #define MESSAGE_HELLO 0x01u
-#define MESSAGE_HELLO_SIZE 4u
+#define MESSAGE_HELLO_SIZE 12u
 #define MESSAGE_HELLO_TAIL 0
 
 struct message_hello {
     uint32_t schema;
+    uint64_t nonce;
 };
 
 static inline void message_hello_unpack(struct message_hello *m, const uint8_t *body) {
     m->schema = bytes_get_u32(body);
+    m->nonce = bytes_get_u64(body + 4);
 }
 
 // Settings: Hyper-parameters from now on, and what the trunk learns from.
@@ -93,19 +95,6 @@ static inline void message_settings_unpack(struct message_settings *m, const uin
     m->exit_weight = bytes_get_f32(body + 12);
     m->server_weight = bytes_get_f32(body + 16);
     m->clip = bytes_get_f32(body + 20);
-}
-
-// Data: A piece of the shard, standing in for a sensor: bytes of Region.SHARD from offset on.
-#define MESSAGE_DATA 0x03u
-#define MESSAGE_DATA_SIZE 4u
-#define MESSAGE_DATA_TAIL 1
-
-struct message_data {
-    uint32_t offset;
-};
-
-static inline void message_data_unpack(struct message_data *m, const uint8_t *body) {
-    m->offset = bytes_get_u32(body);
 }
 
 // Place: Where the client stands: samples held, place in its data order, steps taken.
@@ -167,7 +156,7 @@ static inline void message_infer_unpack(struct message_infer *m, const uint8_t *
 #define MESSAGE_STEP_SIZE 0u
 #define MESSAGE_STEP_TAIL 0
 
-// Read: Asks for length bytes of a region.
+// Read: Asks for length bytes of a region, from offset on: a piece of a transfer.
 #define MESSAGE_READ 0x09u
 #define MESSAGE_READ_SIZE 9u
 #define MESSAGE_READ_TAIL 0
@@ -184,7 +173,7 @@ static inline void message_read_unpack(struct message_read *m, const uint8_t *bo
     m->length = bytes_get_u32(body + 5);
 }
 
-// Write: Puts bytes into a region.
+// Write: Puts bytes into a region, from offset on: a piece of a transfer.
 #define MESSAGE_WRITE 0x0Au
 #define MESSAGE_WRITE_SIZE 5u
 #define MESSAGE_WRITE_TAIL 1
@@ -259,7 +248,7 @@ static inline void message_coding_unpack(struct message_coding *m, const uint8_t
 
 // Welcome: Answer to Hello: what this device is. Sent even when the schema differs.
 #define MESSAGE_WELCOME 0x81u
-#define MESSAGE_WELCOME_SIZE 28u
+#define MESSAGE_WELCOME_SIZE 43u
 #define MESSAGE_WELCOME_TAIL 0
 
 struct message_welcome {
@@ -267,10 +256,14 @@ struct message_welcome {
     uint32_t segment;
     uint32_t receive_max;
     uint32_t send_max;
+    uint32_t window;
     uint16_t samples_max;
     uint16_t samples;
     uint32_t steps;
     uint32_t shard;
+    uint16_t session;
+    uint8_t fresh;
+    uint64_t nonce;
 };
 
 static inline void message_welcome_pack(const struct message_welcome *m, uint8_t *body) {
@@ -278,10 +271,14 @@ static inline void message_welcome_pack(const struct message_welcome *m, uint8_t
     bytes_put_u32(body + 4, m->segment);
     bytes_put_u32(body + 8, m->receive_max);
     bytes_put_u32(body + 12, m->send_max);
-    bytes_put_u16(body + 16, m->samples_max);
-    bytes_put_u16(body + 18, m->samples);
-    bytes_put_u32(body + 20, m->steps);
-    bytes_put_u32(body + 24, m->shard);
+    bytes_put_u32(body + 16, m->window);
+    bytes_put_u16(body + 20, m->samples_max);
+    bytes_put_u16(body + 22, m->samples);
+    bytes_put_u32(body + 24, m->steps);
+    bytes_put_u32(body + 28, m->shard);
+    bytes_put_u16(body + 32, m->session);
+    bytes_put_u8(body + 34, m->fresh);
+    bytes_put_u64(body + 35, m->nonce);
 }
 
 // Forwarded: Answer to Forward: the labels of the part, one byte each.
@@ -304,14 +301,35 @@ static inline void message_stepped_pack(const struct message_stepped *m, uint8_t
     bytes_put_u16(body + 4, m->correct);
 }
 
-// Content: Answer to Read.
+// Content: Answer to Read, with its offset.
 #define MESSAGE_CONTENT 0x89u
-#define MESSAGE_CONTENT_SIZE 0u
+#define MESSAGE_CONTENT_SIZE 4u
 #define MESSAGE_CONTENT_TAIL 1
+
+struct message_content {
+    uint32_t offset;
+};
+
+static inline void message_content_pack(const struct message_content *m, uint8_t *body) {
+    bytes_put_u32(body, m->offset);
+}
+
+// Written: Answer to Write, with its offset.
+#define MESSAGE_WRITTEN 0x8Au
+#define MESSAGE_WRITTEN_SIZE 4u
+#define MESSAGE_WRITTEN_TAIL 0
+
+struct message_written {
+    uint32_t offset;
+};
+
+static inline void message_written_pack(const struct message_written *m, uint8_t *body) {
+    bytes_put_u32(body, m->offset);
+}
 
 // Counters: Answer to Stats: the place of Place now, and counters since power-up.
 #define MESSAGE_COUNTERS 0x8Bu
-#define MESSAGE_COUNTERS_SIZE 40u
+#define MESSAGE_COUNTERS_SIZE 44u
 #define MESSAGE_COUNTERS_TAIL 0
 
 struct message_counters {
@@ -322,6 +340,7 @@ struct message_counters {
     uint32_t steps;
     uint32_t frames;
     uint32_t bad_frames;
+    uint32_t foreign_frames;
     uint32_t repeated_frames;
     uint32_t compute_micros;
     uint32_t stack_used;
@@ -336,10 +355,11 @@ static inline void message_counters_pack(const struct message_counters *m, uint8
     bytes_put_u32(body + 12, m->steps);
     bytes_put_u32(body + 16, m->frames);
     bytes_put_u32(body + 20, m->bad_frames);
-    bytes_put_u32(body + 24, m->repeated_frames);
-    bytes_put_u32(body + 28, m->compute_micros);
-    bytes_put_u32(body + 32, m->stack_used);
-    bytes_put_u32(body + 36, m->dropped_packets);
+    bytes_put_u32(body + 24, m->foreign_frames);
+    bytes_put_u32(body + 28, m->repeated_frames);
+    bytes_put_u32(body + 32, m->compute_micros);
+    bytes_put_u32(body + 36, m->stack_used);
+    bytes_put_u32(body + 40, m->dropped_packets);
 }
 
 // Refused: The request was not carried out, and nothing changed.

@@ -256,6 +256,7 @@ def build(
     from splitee.errors import FleetError
     from splitee.fleet import read
     from splitee_exporters.c import to_c
+    from splitee_host import keys
     from splitee_host.boards import load_boards
     from splitee_host.launch import build_firmware, usage
     from splitee_host.screen import memory_table
@@ -265,12 +266,15 @@ def build(
     if client is not None and client not in names:
         raise FleetError(f'{fleet_file}: no client "{client}": there are {", ".join(names)}')
     known = load_boards()
+    known_keys = keys.read(keys.file_of(fleet_file))
     usages = []
     for table in assembly.fleet.client:
         board = known[table.board]
         if client not in (None, table.name) or not board.firmware:
             continue
-        firmware = build_firmware(assembly.member(table.name).build, board, to_c, out)
+        member = assembly.member(table.name)
+        key = None if assembly.fleet.auth == "none" else known_keys.get(table.name)
+        firmware = build_firmware(member.build, board, to_c, out, key)
         typer.echo(
             f"{table.name}: {firmware.elf}: {firmware.flash_bytes:,} bytes of flash, "
             f"{firmware.ram_bytes:,} of RAM"
@@ -610,12 +614,14 @@ def client(
     listen: Annotated[
         str, typer.Option(help="Address that the host connects to.")
     ] = "tcp://127.0.0.1:7070",
+    once: Annotated[bool, typer.Option(help="End when the host leaves.")] = False,
 ) -> None:
     """Be one of the fleet's clients, in this process: prints its address and waits for the host."""
     import torch
 
-    from splitee.errors import FleetError
+    from splitee.errors import FleetError, KeyFileError
     from splitee.fleet import read
+    from splitee_host import keys
     from splitee_host.link import serve_tcp
     from splitee_host.serve import serve
 
@@ -626,11 +632,42 @@ def client(
         raise FleetError(f'{fleet_file}: no client "{name}": there are {", ".join(names)}')
     assembly = _assembly(fleet)
     member = assembly.member(name)
+    key = None if fleet.auth == "none" else keys.read(keys.file_of(fleet_file)).get(name)
+    if key is None and fleet.auth != "none" and keys.is_open_to_others(listen):
+        raise KeyFileError(
+            f"{listen}: others are on that network, too: run `splitee keys {fleet_file}` where the "
+            f'host is, bring {keys.file_of(fleet_file)} here, or say auth = "none" in the fleet '
+            "file"
+        )
     host, port = _address(listen)
     with serve_tcp(host, port) as listener, suppress(BrokenPipeError):
         typer.echo(listener.url)
-        with listener.accept() as link:
-            serve(link, assembly.local(member), member.build)
+        local = assembly.local(member)
+        while True:  # a host that left may come back, or another
+            with listener.accept() as link:
+                serve(link, local, member.build, key)
+            if once:
+                return
+
+
+@app.command("keys")
+def make_keys(
+    fleet_file: FleetFile,
+    renew: Annotated[bool, typer.Option(help="Also for those that have one.")] = False,
+) -> None:
+    """Draw a key for each device of a fleet: nobody else can then speak for it, or for the host."""
+    from splitee.fleet import read
+    from splitee_host import keys
+
+    path = keys.file_of(fleet_file)
+    names = [c.name for c in read(fleet_file).client if c.board != "torch"]
+    new = keys.create(path, names, renew=renew)
+    drawn = ", ".join(new) if new else "nobody: all have one"
+    typer.echo(f"{path}: a new key for {drawn}")
+    if new:
+        typer.echo(
+            "keep it secret; build and load their firmware anew, bring Python clients their line"
+        )
 
 
 def _address(url: str) -> tuple[str, int]:

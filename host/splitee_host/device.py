@@ -1,12 +1,7 @@
-"""A client behind a link: a board, a process with the same firmware, or a Python client.
-
-One request is outstanding at a time. It is sent again, with the same sequence number, until its
-answer comes; a device acts once on a number, so nothing is ever trained twice.
-"""
+"""A client behind a link: a board, a process with the same firmware, or a Python client."""
 
 from __future__ import annotations
 
-import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -17,24 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splitee.client import Part, Place, Settings, State, Stepped, Traffic
+from splitee.client import Part, Place, Settings, State, Stepped
 from splitee.codec import PLAIN, Codec, Coding
 from splitee.data import Images
-from splitee.errors import DeviceRefused, LinkClosed, Mismatch, NotFinite, Timeout
+from splitee.errors import DeviceRefused, LinkClosed, LinkError, Mismatch, NotFinite
 from splitee.ops import Array
 from splitee.place import Build
 from splitee.steps import Variant
 from splitee_host.errors import refusal
+from splitee_host.exchange import Exchange
 from splitee_host.link import Link
 from splitee_host.wire import messages as m
-from splitee_host.wire.frame import Frame, FrameReader, encode
+from splitee_host.wire.frame import Frame, coded_body
 
 Answer = TypeVar("Answer", bound=m.Message)
+Piece = m.Read | m.Write
 
-# Seconds until a request is sent again: at first, and at most (it doubles each time). Datagrams do
-# get lost; a serial line mostly loses nothing, and a slow answer there costs a repeated request.
-AGAIN = {"udp": (0.2, 2.0)}
-AGAIN_OTHERWISE = (2.0, 4.0)
+_PIECE = 64  # bytes of body that are worth a frame, however little a device keeps
+_REOPEN = 0.2  # seconds between two tries to open a link again
 
 
 def records(images: Images) -> bytes:
@@ -56,32 +51,48 @@ class Device:
         coding: Coding = PLAIN,
         cut: str | None = None,
         upto: bool = True,
+        key: bytes | None = None,
         session: int | None = None,
         patience: float = 30.0,
+        reopen: Callable[[], Link] | None = None,
         close: Callable[[], None] | None = None,
     ) -> None:
-        """coding: its codecs.
+        """coding: its codecs. key, session, patience: as for ``Exchange``.
 
         cut and upto: where it begins; the deepest cut and every exit built in, by default.
-        patience: seconds without any answer after which the device is lost. session: 1..65535,
-        drawn at random by default, so that a device that went on running takes this host for a
-        new one.
+        reopen: opens its link again when it broke; None: it stays broken. close: ends what was
+        started for it.
         """
         self.name = name
         self.capacity = build.capacity
-        self.link = link
+        self.exchange = Exchange(
+            link, f'client "{name}"', key=key, patience=patience, session=session
+        )
+        self.traffic = self.exchange.traffic
         self.build = build
         self.coding = coding
         self._put(cut or build.stages[-1].cut, upto)
-        self.traffic = Traffic()
         self._settings = settings
-        self._session = session or 1 + secrets.randbelow(0xFFFF)
-        self._sequence = 0
-        self._patience = patience
-        self._reader = FrameReader()
+        self._reopen = reopen
         self._close = close
         self._receive_max = self._send_max = 0
+        self._broken = False
+        self._images = Images(np.zeros((0,)), np.zeros((0,)))
         self._last = State({}, {}, Place(0, 0))  # what to go back to: the last state on both sides
+
+    @property
+    def link(self) -> Link:
+        """The way to it."""
+        return self.exchange.link
+
+    @property
+    def deadline(self) -> float | None:
+        """When its pass has to be over; see ``splitee.client.Client.deadline``."""
+        return self.exchange.deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float | None) -> None:
+        self.exchange.deadline = deadline
 
     # requests
 
@@ -89,45 +100,19 @@ class Device:
         """Sends a request and returns its answer.
 
         Raises DeviceRefused when the device refuses, Timeout when it does not answer, LinkClosed
-        when it is gone, Mismatch when its answer is none of ours; NotFinite when it took no step.
+        when it is gone, SessionLost when it was reset, Mismatch when its answer is none of ours;
+        NotFinite when it took no step.
         """
-        self._sequence = (self._sequence + 1) & 0xFFFF
-        frame = encode(Frame(message.CODE, self._session, self._sequence, message.pack()))
-        try:
-            answer = self._exchange(frame)
-        except LinkClosed as error:
-            raise LinkClosed(f'client "{self.name}": {error}') from error
-        if answer is None:
-            raise Timeout(
-                f'client "{self.name}": no answer to {type(message).__name__} within '
-                f"{self._patience:g} s on {self.link.name}: is the device powered, its firmware "
-                "running, and nothing else using the link?"
-            )
+        (answer,) = self.exchange.ask([message])
         return self._checked(message, answer, expected)
 
-    def _exchange(self, frame: bytes) -> Frame | None:
-        """Sends a request until its answer comes; None when patience is at its end."""
-        wait, longest = AGAIN.get(self.link.kind, AGAIN_OTHERWISE)
-        deadline = time.monotonic() + self._patience
-        while (now := time.monotonic()) < deadline:
-            self.link.write(frame)
-            self.traffic.down += len(frame)
-            answer = self._answer(min(now + wait, deadline))
-            if answer is not None:
-                return answer
-            wait = min(2 * wait, longest)
-        return None
-
-    def _answer(self, deadline: float) -> Frame | None:
-        """The answer to the last request, or None when it does not come by the deadline."""
-        while (left := deadline - time.monotonic()) > 0:
-            chunk = self.link.read(left)
-            self.traffic.up += len(chunk)
-            for frame in self._reader.feed(chunk):
-                # anything else is the answer to an earlier request, sent twice
-                if (frame.session, frame.sequence) == (self._session, self._sequence):
-                    return frame
-        return None
+    def _transfer(self, pieces: list[Piece], expected: type[Answer]) -> list[Answer]:
+        """The answers to the pieces of a transfer."""
+        frames = self.exchange.ask(pieces) if pieces else []
+        if len(frames) < len(pieces):  # one was refused
+            self._checked(pieces[0], frames[0], expected)
+            raise AssertionError("an answer to one of several pieces tells which")
+        return [self._checked(p, f, expected) for p, f in zip(pieces, frames, strict=True)]
 
     def _checked(self, asked: m.Message, frame: Frame, expected: type[Answer]) -> Answer:
         what = f'client "{self.name}" on {self.link.name}'
@@ -156,48 +141,61 @@ class Device:
         name = graph.parameter_at(detail)
         return NotFinite(owner, name, detail - graph.places[name], taken_back=fused)
 
-    def hello(self) -> m.Welcome:
-        """Opens the session.
+    def hello(self, within: float | None = None) -> m.Welcome:
+        """Begins a session; within so many seconds, or as long as patience lasts.
 
         Raises Mismatch when the device speaks another wire or holds another segment.
         """
-        welcome = self.request(m.Hello(m.schema()), m.Welcome)
-        ours = m.schema()
+        frame = self.exchange.hello(within)
+        ours, theirs = m.schema(), int.from_bytes(frame.body[:4], "little")
         what = f'client "{self.name}" on {self.link.name}'
-        if welcome.schema != ours:
+        if theirs != ours:
             raise Mismatch(
-                f"{what}: its firmware speaks schema {welcome.schema:08x}, this host {ours:08x}: "
+                f"{what}: its firmware speaks schema {theirs:08x}, this host {ours:08x}: "
                 "run `splitee build` and load the new firmware"
             )
+        welcome = self._checked(m.Hello(ours, 0), frame, m.Welcome)
         if welcome.segment != self.build.checksum:
             raise Mismatch(
                 f"{what}: its firmware holds segment {welcome.segment:08x}, the fleet file asks "
                 f"for {self.build.checksum:08x} (cut {self.cut}): run `splitee build` and load the "
                 "new firmware"
             )
-        self._receive_max, self._send_max = welcome.receive_max, welcome.send_max
+        self.exchange.room = welcome.window
+        # pieces of which another finds room while the device is busy with one
+        piece = min(self.exchange.piece, max(_PIECE, coded_body(welcome.window)))
+        self._receive_max = min(piece, welcome.receive_max)
+        self._send_max = min(piece, welcome.send_max)
+        self.welcome = welcome
         return welcome
 
     def read(self, region: m.Region, offset: int, length: int) -> bytes:
-        """length bytes of a region, in as many requests as it takes."""
-        most = self._send_max
-        if region == m.Region.CODED_ACTIVATIONS:  # made in the memory that requests come to
+        """length bytes of a region, in one transfer."""
+        most = self._send_max - len(m.Content(0, b"").pack())
+        if region == m.Region.CODED_ACTIVATIONS:  # made in the memory that a request comes to
             most = min(most, self._receive_max)
-        pieces = []
-        for start in range(offset, offset + length, most):
-            size = min(most, offset + length - start)
-            content = self.request(m.Read(region, start, size), m.Content).content
-            if len(content) != size:
-                raise Mismatch(f'client "{self.name}" sent {len(content)} of {size} bytes')
-            pieces.append(content)
-        return b"".join(pieces)
+        pieces: list[Piece] = [
+            m.Read(region, start, min(most, offset + length - start))
+            for start in range(offset, offset + length, most)
+        ]
+        contents = [answer.content for answer in self._transfer(pieces, m.Content)]
+        for piece, content in zip(pieces, contents, strict=True):
+            assert isinstance(piece, m.Read)
+            if len(content) != piece.length:
+                raise Mismatch(
+                    f'client "{self.name}" on {self.link.name} sent {len(content):,} bytes of '
+                    f"{region.name}, not {piece.length:,}: its firmware is not ours"
+                )
+        return b"".join(contents)
 
     def write(self, region: m.Region, content: bytes, offset: int = 0) -> None:
-        """Replaces bytes of a region from offset on, in as many requests as it takes."""
-        size = self._receive_max - len(m.Write(region, 0, b"").pack())
-        for start in range(0, len(content), size):
-            piece = content[start : start + size]
-            self.request(m.Write(region, offset + start, piece), m.Done)
+        """Replaces bytes of a region from offset on, in one transfer."""
+        most = self._receive_max - len(m.Write(region, 0, b"").pack())
+        pieces: list[Piece] = [
+            m.Write(region, offset + start, content[start : start + most])
+            for start in range(0, len(content), most)
+        ]
+        self._transfer(pieces, m.Written)
 
     def floats(self, region: m.Region, size: int, first: int = 0) -> Array:
         """size float32 values of a region, from the first'th on."""
@@ -269,16 +267,39 @@ class Device:
 
     def start(self, state: State, images: Images) -> None:
         """Says hello, sends the shard unless the device holds it, then cut, settings and state."""
-        welcome = self.hello()
-        content = records(images)
-        held = (welcome.samples, welcome.shard)
-        if held != (len(images), zlib.crc32(content)):
-            size = self._receive_max - len(m.Data(0, b"").pack())
-            for start in range(0, len(content), size):
-                self.request(m.Data(start, content[start : start + size]), m.Done)
+        self._images = images
+        self._start(state)
+
+    def _start(self, state: State, within: float | None = None) -> None:
+        welcome = self.hello(within)
+        content = records(self._images)
+        if (welcome.samples, welcome.shard) != (len(self._images), zlib.crc32(content)):
+            self.write(m.Region.SHARD, content)
         self.move(self.cut, upto=self.upto)
         self._send_settings()
         self.load_state(state)
+
+    def rejoin(self, state: State, within: float) -> None:
+        """Comes back in that state; see ``splitee.client.Client.rejoin``."""
+        end = time.monotonic() + within
+        while True:
+            try:
+                if self._broken:
+                    self._open_again()
+                return self._start(state, max(0.0, end - time.monotonic()))
+            except (Mismatch, DeviceRefused):
+                raise  # it is back, as another
+            except LinkError as error:
+                self._broken = self._broken or isinstance(error, LinkClosed)
+                if time.monotonic() + _REOPEN >= end or (self._broken and self._reopen is None):
+                    raise
+                time.sleep(_REOPEN)
+
+    def _open_again(self) -> None:
+        assert self._reopen is not None
+        self.link.close()
+        self.exchange.attach(self._reopen())
+        self._broken = False
 
     def load_state(self, state: State) -> None:
         """Replaces weights, momentum and place."""

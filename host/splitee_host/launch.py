@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from splitee.assemble import Assembly, Member
 from splitee.client import Client
-from splitee.errors import BuildError, FleetError, LinkError, MissingTool
+from splitee.errors import BuildError, FleetError, KeyFileError, LinkError, MissingTool
 from splitee.place import SAMPLES_MAX, Build
-from splitee_host import boards
+from splitee_host import boards, keys
 from splitee_host.boards import Board, Firmware
 from splitee_host.device import Device
 from splitee_host.link import Link, open_link
@@ -44,9 +46,14 @@ class Launched:
         return replace(self.memory, stack_used=self.client.counters().stack_used or None)
 
 
-def firmware_folder(member_build: Build, board: Board, root: Path) -> Path:
-    """Where a firmware is built; named by board and segment, so that the same is built once."""
-    return root / f"{board.name}-{member_build.checksum:08x}"
+def firmware_folder(
+    member_build: Build, board: Board, root: Path, key: bytes | None = None
+) -> Path:
+    """Where a firmware is built; named by what is in it, so that the same is built once."""
+    name = f"{board.name}-{member_build.checksum:08x}"
+    if key is not None:
+        name += f"-{hashlib.blake2s(key, digest_size=4, person=b'folder').hexdigest()}"
+    return root / name
 
 
 def usage(client: str, board: Board, firmware: Firmware) -> Usage:
@@ -55,19 +62,32 @@ def usage(client: str, board: Board, firmware: Firmware) -> Usage:
 
 
 def build_firmware(
-    member_build: Build, board: Board, write_segment: WriteSegment, root: Path
+    member_build: Build,
+    board: Board,
+    write_segment: WriteSegment,
+    root: Path,
+    key: bytes | None = None,
 ) -> Firmware:
-    """Writes a segment and builds the firmware around it, in a folder of its own under root."""
-    folder = firmware_folder(member_build, board, root)
-    source = folder / "segment.c"
-    text = write_segment(member_build)
+    """Writes a segment and builds the firmware around it, in a folder of its own under root.
+
+    key: built in, so that the device answers only to a host that has it, too; the folder is then
+    its owner's alone.
+    """
+    folder = firmware_folder(member_build, board, root, key)
+    sources = {"segment.c": write_segment(member_build)}
+    if key is not None:
+        sources["key.c"] = keys.source(key)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not source.exists() or source.read_text() != text:  # what is the same is not recompiled
-            source.write_text(text)
+        if key is not None:
+            folder.chmod(0o700)
+        for name, text in sources.items():
+            source = folder / name
+            if not source.exists() or source.read_text() != text:  # the same is not recompiled
+                source.write_text(text)
     except OSError as error:
         raise BuildError(
-            f"{error.filename or source}: {error.strerror}: free some space, or build in a folder "
+            f"{error.filename or folder}: {error.strerror}: free some space, or build in a folder "
             "that you may write to"
         ) from error
     return boards.build(board, folder, folder)
@@ -91,6 +111,8 @@ class Launcher:
         self._root = root
         self._say = say
         self._known = boards.load_boards()
+        # a board alone is checked without a fleet's file
+        self._keys = keys.read(keys.file_of(fleet_file)) if fleet_file.name else {}
         self._ends = ExitStack()
 
     def __enter__(self) -> Launcher:
@@ -123,8 +145,26 @@ class Launcher:
         client = self._assembly.local(member, device)
         return Launched(client, member, board.tier, device, "memory", 0)
 
+    def _key_of(self, member: Member) -> bytes | None:
+        """The key of a client; None where none is needed."""
+        if self._assembly.fleet.auth == "none":
+            return None
+        key, link = self._keys.get(member.name), member.table.link
+        if key is None and link is not None and keys.is_open_to_others(link):
+            raise KeyFileError(
+                f'client "{member.name}": others are on the network to {link}, too: run `splitee '
+                f"keys {self._fleet_file}` and load firmware that is built with its key, or say "
+                'auth = "none" in the fleet file'
+            )
+        return key
+
     def _device(
-        self, member: Member, board: Board, link: Link, firmware: Firmware | None = None
+        self,
+        member: Member,
+        board: Board,
+        link: Link,
+        firmware: Firmware | None = None,
+        reopen: Callable[[], Link] | None = None,
     ) -> Launched:
         fleet = self._assembly.fleet
         if len(member.images) > SAMPLES_MAX:
@@ -140,7 +180,9 @@ class Launcher:
             coding=member.table.coding,
             cut=member.cut.name,
             upto=member.upto,
+            key=self._key_of(member),
             patience=fleet.rejoin_within,
+            reopen=reopen,
         )
         self._ends.callback(device.close)
         launched = Launched(device, member, board.tier, board.name, device.link.name, 0)
@@ -152,29 +194,38 @@ class Launcher:
     def _attached(self, member: Member, board: Board) -> Launched:
         """A device that runs already, at the address that the fleet file gives."""
         assert member.table.link is not None
-        elf = firmware_folder(member.build, board, self._root) / "device.elf"
+        key = self._key_of(member)
+        elf = firmware_folder(member.build, board, self._root, key) / "device.elf"
         firmware = boards.read_elf(elf) if board.firmware and elf.exists() else None
-        return self._device(member, board, open_link(member.table.link), firmware)
+        reopen = partial(open_link, member.table.link)
+        return self._device(member, board, reopen(), firmware, reopen)
 
     def _process(self, member: Member, board: Board) -> Launched:
         """A `splitee client` of our own."""
         self._say(f"{member.name}: starting a Python process")
-        link = self._ends.enter_context(python_client(self._fleet_file, member.name))
-        return self._device(member, board, link)
+
+        def start() -> Link:
+            return self._ends.enter_context(python_client(self._fleet_file, member.name))
+
+        return self._device(member, board, start(), reopen=start)
 
     def _firmware(self, member: Member, board: Board) -> Launched:
         built = ", ".join(stage.cut for stage in member.build.stages)
         self._say(f"{member.name}: building firmware for {board.name}, cut {built}")
         try:
-            firmware = build_firmware(member.build, board, self._write_segment, self._root)
-            running = self._ends.enter_context(boards.start(board, firmware))
+            key = self._key_of(member)
+            firmware = build_firmware(member.build, board, self._write_segment, self._root, key)
+            link = self._start(board, firmware)
         except MissingTool as missing:
             if board.qemu is None:
                 raise
             # an emulated board runs the same C as the process does: the fleet is still whole
             self._say(f"{member.name}: {missing}; running the same firmware as a process instead")
             return self._firmware(member, self._known["posix"])
-        return self._device(member, board, running.link, firmware)
+        return self._device(member, board, link, firmware, partial(self._start, board, firmware))
+
+    def _start(self, board: Board, firmware: Firmware) -> Link:
+        return self._ends.enter_context(boards.start(board, firmware)).link
 
 
 def torch_device() -> str:
@@ -186,7 +237,7 @@ def torch_device() -> str:
 def python_client(fleet_file: Path, name: str) -> Iterator[Link]:
     """A `splitee client` process on this machine, and a link to it."""
     command = [sys.executable, "-m", "splitee_host.cli", "client", str(fleet_file)]
-    command += ["--name", name, "--listen", "tcp://127.0.0.1:0"]
+    command += ["--name", name, "--listen", "tcp://127.0.0.1:0", "--once"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None

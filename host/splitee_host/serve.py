@@ -6,8 +6,10 @@ in what lies below: torch instead of the C kernels.
 
 from __future__ import annotations
 
+import secrets
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from splitee.client import LocalClient, Part, Place, Settings, State
-from splitee.codec import KINDS, PLAIN, Codec, Kind
+from splitee.codec import KINDS, Codec, Kind
 from splitee.data import Images
 from splitee.errors import LinkClosed, NotFinite
 from splitee.ops import Array
@@ -23,8 +25,12 @@ from splitee.place import Build
 from splitee_host.link import Link
 from splitee_host.wire import messages as m
 from splitee_host.wire.frame import Frame, FrameReader, encode
+from splitee_host.wire.seal import Direction, Sealing, nearest, session_key
 
 RECEIVE_MAX = SEND_MAX = 1 << 16  # largest body of a frame, bytes
+WINDOW = 1 << 20  # bytes of requests that wait in the system while it is busy
+
+_MOVES = {message.CODE for message in m.MOVES}
 
 _KINDS: dict[int, Kind] = {m.Codec[k.replace("-", "_").upper()]: k for k in KINDS}
 
@@ -37,57 +43,111 @@ class _Refusal(Exception):
     detail: int = 0
 
 
-def serve(link: Link, client: LocalClient, build: Build) -> None:
-    """Answers requests until the host closes the link."""
-    server = _Server(client, build)
-    reader = FrameReader(RECEIVE_MAX + 64)
+def serve(link: Link, client: LocalClient, build: Build, key: bytes | None = None) -> None:
+    """Answers requests until the host closes the link. key: 32 bytes that the host has, too."""
+    server = _Server(client, build, key)
     try:
         while True:
-            for frame in reader.feed(link.read(3600.0)):
-                answer = server.receive(frame, reader.bad)
-                if answer is not None:
-                    link.write(encode(answer))
+            for answer in server.receive(link.read(3600.0)):
+                link.write(answer)
     except LinkClosed:
         return
 
 
-class _Server:
-    """The state machine of device.c: idle, or after a forward, or after a backward."""
+@dataclass
+class _Session:
+    """One of ``firmware/core/session.c``."""
 
-    def __init__(self, client: LocalClient, build: Build) -> None:
+    number: int = 0  # 0: there is none
+    sequence: int = 0  # of the last request
+    key: bytes = b""
+
+
+class _Server:
+    """The state machine of session.c and device.c: idle, or after a forward or a backward."""
+
+    def __init__(self, client: LocalClient, build: Build, key: bytes | None) -> None:
         self._client = client
-        self._client.coding = PLAIN  # what crosses the link is coded here
+        self._client.discard()  # what an earlier host has left
         self._build = build
         graph = build.graph
         self._shard = bytearray(build.samples_max * build.record_size)
         self._images = bytearray(build.capacity * graph.elements(graph.input))
         self._logits = bytearray(4 * build.capacity * graph.classes)
-        self._select(len(build.stages), upto=True)
         self._floats: dict[int, bytearray] = {}  # weights, momentum, gradients as last asked for
         self._written: set[int] = set()  # those that the host changed since
+        self._coded: bytes | None = None  # of the activations held, once asked for
+        self._select(len(build.stages), upto=True)
         self._phase = 0  # 0 idle, 1 after Forward, 2 after Backward
         self._part: Part | None = None
-        self._coded: bytes | None = None  # of the activations held, once asked for
-        self._session = 0
-        self._sequence = 0
+        self._key = key
+        self._reader = FrameReader(RECEIVE_MAX + 64, self._sealing_of if key else None)
+        self._active, self._greeted = _Session(), _Session()
+        self._nonce: int | None = None  # None: it made a session, the next hello draws another
+        self._acted = False  # whether the last number was acted on, and the answer is the one to it
         self._answer: m.Message = m.Done()
-        self._frames = self._bad = self._repeated = 0
+        self._frames = self._foreign = self._repeated = 0
         self._compute_seconds = 0.0
 
-    def receive(self, frame: Frame, bad: int) -> Frame | None:
-        """Acts on a request once, and answers; never on one that is late or not of the session."""
-        self._frames += 1
-        self._bad = bad
-        opens = frame.code == m.Hello.CODE and frame.session != self._session
-        ahead = (frame.sequence - self._sequence) & 0xFFFF
-        if frame.session == 0 or (not opens and (frame.session != self._session or ahead > 1)):
-            return None
-        if not opens and ahead == 0:
-            self._repeated += 1
+    def _sealing_of(self, frame: Frame) -> Sealing | None:
+        assert self._key is not None
+        if frame.code == m.Hello.CODE:
+            return Sealing(self._key, Direction.TO_DEVICE, 0)
+        session = self._session_of(frame)
+        turns = nearest(session.sequence, frame.sequence) >> 16
+        return Sealing(session.key, Direction.TO_DEVICE, turns) if session.key else None
+
+    def _session_of(self, frame: Frame) -> _Session:
+        return self._active if frame.session == self._active.number else self._greeted
+
+    def receive(self, chunk: bytes) -> Iterator[bytes]:
+        """The coded answers to what has come."""
+        for frame in self._reader.feed(chunk):
+            answer = self._take(frame)
+            if answer is None:
+                continue
+            session = self._greeted if frame.code == m.Hello.CODE else self._active
+            sealing = None
+            if self._key:
+                sealing = Sealing(session.key, Direction.TO_HOST, session.sequence >> 16)
+            sequence = session.sequence & 0xFFFF
+            yield encode(Frame(answer.CODE, session.number, sequence, answer.pack()), sealing)
+
+    def _take(self, frame: Frame) -> m.Message | None:
+        """The answer to a frame; None to one that is of no session, or not in turn."""
+        session = self._session_of(frame)
+        sequence = nearest(session.sequence, frame.sequence)
+        ahead = (sequence - session.sequence) & 0xFFFFFFFF
+        opens = session is self._greeted
+        if frame.code == m.Hello.CODE:
+            ours = frame.session != 0 and frame.sequence == 0
         else:
-            self._session, self._sequence = frame.session, frame.sequence
+            ours = frame.session == session.number != 0 and sequence != 0
+            ours = ours and (sequence == 1 if opens else ahead in (0, 1))
+        if not ours:
+            self._foreign += 1
+            return None
+        self._frames += 1
+        if frame.code == m.Hello.CODE:
+            return self._welcome(frame)
+        if opens:
+            self._active, self._greeted = session, _Session()
+            self._nonce = None
+            self._phase = 0
+            self._client.discard()
+        again = not opens and ahead == 0
+        session.sequence = sequence
+        moves = frame.code in _MOVES
+        self._repeated += again and not moves
+        if again and moves == self._acted:  # the number of an act is no other's
+            return None
+        if moves:
+            self._acted = False
+            return self._act(frame)
+        if not again:
+            self._acted = True
             self._answer = self._act(frame)
-        return Frame(self._answer.CODE, self._session, self._sequence, self._answer.pack())
+        return self._answer
 
     def _act(self, frame: Frame) -> m.Message:
         if frame.code not in (r.CODE for r in m.REQUESTS):
@@ -110,28 +170,12 @@ class _Server:
 
     def _on(self, request: m.Message) -> m.Message:
         match request:
-            case m.Hello():
-                self._phase = 0
-                self._client.discard()
-                held = self._shard[: self._client.place.samples * self._build.record_size]
-                return m.Welcome(
-                    m.schema(),
-                    self._build.checksum,
-                    RECEIVE_MAX,
-                    SEND_MAX,
-                    self._build.samples_max,
-                    self._client.place.samples,
-                    self._client.place.steps,
-                    zlib.crc32(held),
-                )
             case m.Settings():
                 self._settings(request)
             case m.Select(cut, upto):
                 self._on_select(cut, upto=bool(upto))
             case m.Coding(activations, gradient, kept):
                 self._on_coding(activations, gradient, kept)
-            case m.Data(offset, content):
-                self._shard[_within(self._shard, offset, len(content))] = content
             case m.Place(samples, position, seed, epoch, steps):
                 self._on_place(Place(samples, seed, epoch, position, steps))
             case m.Forward(count, batch):
@@ -143,14 +187,43 @@ class _Server:
             case m.Step():
                 return self._step()
             case m.Read(region, offset, length):
-                return m.Content(self._read(region, offset, length))
+                return m.Content(offset, self._read(region, offset, length))
             case m.Write(region, offset, content):
                 self._write(region, offset, content)
+                return m.Written(offset)
             case m.Stats():
                 return self._counters()
             case _:  # a Run: this client has no steps to single out
                 raise _Refusal(m.Error.UNKNOWN_MESSAGE, request.CODE)
         return m.Done()
+
+    def _welcome(self, frame: Frame) -> m.Welcome:
+        try:
+            hello = m.unpack(frame.code, frame.body)
+        except ValueError:  # of another schema: the host compares them
+            hello = m.Hello(0, 0)
+        assert isinstance(hello, m.Hello)
+        if self._nonce is None:
+            self._nonce = secrets.randbits(64)
+        key = b""
+        if self._key:
+            key = session_key(self._key, hello.nonce, self._nonce, frame.session)
+        self._greeted = _Session(frame.session, 0, key)
+        place = self._client.place
+        return m.Welcome(
+            schema=m.schema(),
+            segment=self._build.checksum,
+            receive_max=RECEIVE_MAX,
+            send_max=SEND_MAX,
+            window=WINDOW,
+            samples_max=self._build.samples_max,
+            samples=place.samples,
+            steps=place.steps,
+            shard=zlib.crc32(self._shard[: place.samples * self._build.record_size]),
+            session=self._active.number,
+            fresh=1,
+            nonce=self._nonce,
+        )
 
     def _on_select(self, cut: int, *, upto: bool) -> None:
         if self._phase != 0:
@@ -327,8 +400,8 @@ class _Server:
         return bytearray(graph.flatten_parameters(momentum).tobytes())
 
     def _read(self, region: int, offset: int, length: int) -> bytes:
-        if length > SEND_MAX:
-            raise _Refusal(m.Error.OUT_OF_RANGE, SEND_MAX)
+        if length > SEND_MAX - 4:
+            raise _Refusal(m.Error.OUT_OF_RANGE, SEND_MAX - 4)
         content = self._region(region)
         return bytes(content[_within(content, offset, length)])
 
@@ -353,8 +426,8 @@ class _Server:
         p = self._client.place
         micros = int(self._compute_seconds * 1e6) & 0xFFFFFFFF
         return m.Counters(
-            p.samples, p.position, p.seed, p.epoch, p.steps, self._frames, self._bad,
-            self._repeated, micros, 0, 0,
+            p.samples, p.position, p.seed, p.epoch, p.steps, self._frames, self._reader.bad,
+            self._foreign, self._repeated, micros, 0, 0,
         )  # fmt: skip
 
 

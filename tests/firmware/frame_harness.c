@@ -28,7 +28,7 @@ size_t frame_harness_write(uint8_t code, uint16_t session, uint16_t sequence, co
                            const uint8_t **bytes) {
     sent_size = 0;
     flushed = 0;
-    frame_write(code, session, sequence, fields, fields_size, tail, tail_size);
+    frame_write(NULL, code, session, sequence, fields, fields_size, tail, tail_size);
     *bytes = sent;
     return flushed == 1 ? sent_size : 0;
 }
@@ -52,7 +52,7 @@ size_t frame_harness_read(const uint8_t *bytes, size_t size, int *found, uint8_t
     size_t i = 0;
     *found = 0;
     while (i < size && !*found) {
-        *found = frame_read(&reader, bytes[i++], &frame);
+        *found = frame_read(&reader, bytes[i++], &frame) && frame_holds(&reader, &frame, NULL);
     }
     *code = frame.code;
     *session = frame.session;
@@ -87,7 +87,6 @@ int frame_harness_kept_within(size_t capacity) {
     }
 UNPACK(hello)
 UNPACK(settings)
-UNPACK(data)
 UNPACK(place)
 UNPACK(forward)
 UNPACK(infer)
@@ -98,5 +97,7 @@ UNPACK(select)
 UNPACK(coding)
 PACK(welcome)
 PACK(stepped)
+PACK(content)
+PACK(written)
 PACK(counters)
 PACK(refused)

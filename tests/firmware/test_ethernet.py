@@ -16,11 +16,10 @@ import pytest
 import torch
 
 from firmware.test_net import ANNOUNCEMENT, ARP_REPLY, ARP_REQUEST, CASES, HI, PING, PONG, sealed
-from host_harness import Troubled, differences
+from host_harness import Troubled, differences, waits
 from splitee.client import State
 from splitee.errors import LinkClosed, MissingTool
 from splitee.ops import Array
-from splitee_host import device as device_module
 from splitee_host.boards import Board, Firmware, build, load_boards, start
 from splitee_host.link import Link, open_link
 from splitee_host.verify import step_on_device
@@ -302,7 +301,7 @@ def trained(board: Board, folder: Path, trouble: str = "") -> tuple[list[float],
             it.forward(8, 8)
             it.backward(None)
             losses.append(it.step().loss)
-        return losses, it.state(), it.counters().repeated_frames
+        return losses, it.state(), it.exchange.repeated + it.counters().repeated_frames
 
 
 @pytest.mark.parametrize("trouble", ["lost", "doubled", "delayed"])
@@ -310,7 +309,7 @@ def test_a_board_trains_the_same_when_datagrams_are(
     trouble: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm, calm_state, _ = trained(BOARDS["qemu-m4"], folder)
-    monkeypatch.setattr(device_module, "AGAIN", {"udp": (0.02, 0.1)})
+    waits(monkeypatch, 0.02)
     stormy, stormy_state, repeated = trained(M4, folder, trouble)
     assert repeated >= 5
     assert stormy == calm

@@ -23,6 +23,7 @@ from vectors.wire import FRAMES, STREAMS, WHOLE, frame_of, title, unhex
 ROOT = Path(__file__).parents[2]
 SOURCES = [
     ROOT / "firmware" / "protocol" / "frame.c",
+    ROOT / "firmware" / "protocol" / "seal.c",
     Path(__file__).with_name("frame_harness.c"),
 ]
 FLAGS = [
@@ -51,7 +52,7 @@ class Firmware:
         self.library.frame_harness_write.restype = ctypes.c_size_t
         self.library.frame_harness_kept_within.argtypes = [ctypes.c_size_t]
         self.library.frame_harness_bad.restype = ctypes.c_uint32
-        self.library.frame_crc32.restype = ctypes.c_uint32
+        self.library.seal_crc32.restype = ctypes.c_uint32
 
     def write(self, frame: Frame, split: int) -> bytes:
         """What frame_write sends when the body's first split bytes are fields, the rest tail."""
@@ -87,10 +88,8 @@ class Firmware:
         return frames, self.library.frame_harness_bad()
 
     def crc32(self, crc: int, data: bytes) -> int:
-        """frame_crc32 of data, going on from crc."""
-        value: int = self.library.frame_crc32(
-            ctypes.c_uint32(crc), data, ctypes.c_size_t(len(data))
-        )
+        """seal_crc32 of data, going on from crc."""
+        value: int = self.library.seal_crc32(ctypes.c_uint32(crc), data, ctypes.c_size_t(len(data)))
         return value
 
 
@@ -101,7 +100,7 @@ def build(folder: Path, source: Path = SOURCES[0]) -> Firmware:
     path = folder / "frame.so"
     checked = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     command = ["gcc", *FLAGS, *checked, "-O1", "-g", "-fPIC", "-shared", "-o", str(path)]
-    subprocess.run([*command, str(source), str(SOURCES[1])], check=True)
+    subprocess.run([*command, str(source), *map(str, SOURCES[1:])], check=True)
     return Firmware(path)
 
 
@@ -112,7 +111,13 @@ def firmware(tmp_path_factory: pytest.TempPathFactory) -> Firmware:
 
 def structure_of(message: type[Message]) -> type[ctypes.Structure]:
     """The C struct of a message's fixed fields, laid out by ctypes."""
-    types = {"B": ctypes.c_uint8, "H": ctypes.c_uint16, "I": ctypes.c_uint32, "f": ctypes.c_float}
+    types: dict[str, Any] = {
+        "B": ctypes.c_uint8,
+        "H": ctypes.c_uint16,
+        "I": ctypes.c_uint32,
+        "Q": ctypes.c_uint64,
+        "f": ctypes.c_float,
+    }
     fixed = [(name, types[code]) for name, code in messages.layout(message) if code != "s"]
     return type(message.__name__, (ctypes.Structure,), {"_fields_": fixed})
 
@@ -241,4 +246,7 @@ def test_the_microcontroller_s_frame_needs_only_the_port_and_little_stack(tmp_pa
     symbols = subprocess.run(
         [f"{prefix}nm", "-u", built], check=True, capture_output=True, text=True
     )
-    assert set(symbols.stdout.split()) - {"U"} == {"port_write", "port_flush"}
+    assert set(symbols.stdout.split()) - {"U"} == {
+        *("port_write", "port_flush"),
+        *("seal_start", "seal_add", "seal_end", "seal_holds"),
+    }

@@ -47,12 +47,17 @@ FAULTS = {
         "reader->length == reader->capacity",
         "reader->length > reader->capacity",
     ),
-    "a block that is not whole": ("frame", "protocol/frame.c", "reader->block > 0 ||", ""),
-    "no checksum": (
+    "a block that is not whole": (
         "frame",
         "protocol/frame.c",
-        "frame_crc32(0, reader->buffer, summed) == bytes_get_u32(reader->buffer + summed)",
-        "summed > 0",
+        "!reader->broken && reader->block == 0",
+        "!reader->broken",
+    ),
+    "no checksum": (
+        "frame",
+        "protocol/seal.c",
+        "return bytes_get_u32(a) == bytes_get_u32(b);",
+        "return a != NULL && b != NULL;",
     ),
     "a read behind the end": (
         "device",
@@ -72,7 +77,7 @@ FAULTS = {
         "record[0] >= segment.classes",
         "record[0] == 255",
     ),
-    "a late request": ("device", "core/device.c", "ahead > 1", "ahead > 0x8000"),
+    "a late request": ("device", "core/session.c", "ahead > 1", "ahead > 0x8000"),
 }
 
 

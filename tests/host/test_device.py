@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from host_harness import ENDS, Recorder, Troubled, built, differences, end, host
+from host_harness import ENDS, Recorder, Troubled, built, differences, end, host, waits
 from splitee.client import Place, State, Stepped
 from splitee.data import Images, draw_order
 from splitee.errors import DeviceRefused, LinkClosed, Mismatch, Timeout
 from splitee_host import boards
-from splitee_host import device as device_module
 from splitee_host.device import Device, records
 from splitee_host.errors import refusal
 from splitee_host.link import Link, UdpLink, memory_pair
@@ -37,7 +36,7 @@ RECORD = BUILD.record_size
 @pytest.fixture(autouse=True)
 def _nothing_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames are counted here: none is repeated only because this machine is busy."""
-    monkeypatch.setattr(device_module, "AGAIN", {"udp": (10.0, 10.0)})
+    waits(monkeypatch, 10.0)
 
 
 def learnt_state(the_case: Case, place: Place) -> State:
@@ -181,8 +180,9 @@ def test_a_shard_that_the_device_holds_is_not_sent_again(kind: str, folder: Path
             device.start(replace(CASE.state, place=Place(len(images), seed=5)), images)
             down.append(device.traffic.down)
             frames = map(frame_of, recorder.sent)
-            pieces = [m.unpack(f.code, f.body) for f in frames if f.code == m.Data.CODE]
-            sent.append(b"".join(p.records for p in pieces if isinstance(p, m.Data)))
+            writes = [m.unpack(f.code, f.body) for f in frames if f.code == m.Write.CODE]
+            pieces = [w for w in writes if isinstance(w, m.Write) and w.region == m.Region.SHARD]
+            sent.append(b"".join(p.content for p in pieces))
             assert device.read(m.Region.SHARD, 0, len(images) * RECORD) == records(images)
     assert sent == [records(CASE.images), b"", records(other), b"", records(fewer)]
     assert down[0] - down[1] in range(24 * RECORD, 24 * RECORD + 100)  # and the frames around it
@@ -243,8 +243,8 @@ def test_ignores(kind: str, title: str, folder: Path) -> None:
         strange = replace(IGNORED[title](frame_of(recorder.sent[-1])), code=m.Forward.CODE)
         link.write(encode(replace(strange, body=m.Forward(8, 8).pack())))
         after = device.counters()  # had there been an answer, it would come first
-        # frames: the ignored one, and the question
-        assert (after.frames, after.repeated_frames) == (counted.frames + 2, 0)
+        assert (after.frames, after.repeated_frames) == (counted.frames + 1, 0)
+        assert after.foreign_frames == counted.foreign_frames + 1
         assert len(recorder.answers) == len(recorder.sent)
         assert differences(device.state(), state) == []
 
@@ -255,7 +255,7 @@ def test_ignores(kind: str, title: str, folder: Path) -> None:
         Frame(m.Stats.CODE, session=0, sequence=0),
         Frame(m.Stats.CODE, session=0, sequence=1),
         Frame(0xAD, session=0, sequence=0),
-        Frame(m.Hello.CODE, session=0, sequence=1, body=m.Hello(m.schema()).pack()),
+        Frame(m.Hello.CODE, session=0, sequence=1, body=m.Hello(m.schema(), 1).pack()),
     ],
     ids=["the number of no request", "the first number", "an unknown message", "a hello"],
 )
@@ -269,7 +269,7 @@ def test_ignores_what_is_of_no_session_before_the_first_hello(
         device = host(recorder, CASE)
         device.hello()  # had there been an answer, it would come first
         counters = device.counters()
-        assert (counters.frames, counters.repeated_frames) == (3, 0)
+        assert (counters.frames, counters.foreign_frames) == (2, 1)
         assert len(recorder.answers) == len(recorder.sent)
 
 
@@ -307,14 +307,14 @@ def test_every_host_draws_a_session_of_its_own(
 def test_trains_the_same_when_frames_are(
     kind: str, trouble: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_module, "AGAIN", {"udp": (0.005, 0.02)})
+    waits(monkeypatch, 0.005)
     results = []
     for wrapped in (False, True):
         with end(kind, SMALL, folder) as link:
             device = host(Troubled(link, trouble) if wrapped else link, SMALL)
             device.start(SMALL.state, SMALL.images)
             results.append((train(device, 4), device.state()))
-            repeated = device.counters().repeated_frames
+            repeated = device.exchange.repeated
     (calm, calm_state), (stormy, stormy_state) = results
     assert repeated >= 5
     assert stormy == calm
@@ -389,7 +389,9 @@ REFUSED = {
     "writing past the activations": Refused(
         "idle", m.Write(m.Region.ACTIVATIONS, SENT, b"a"), m.Error.OUT_OF_RANGE, SENT
     ),
-    "a record too many": Refused("idle", m.Data(24 * 65 - 1, b"ab"), m.Error.OUT_OF_RANGE, 24 * 65),
+    "a record too many": Refused(
+        "idle", m.Write(m.Region.SHARD, 24 * 65 - 1, b"ab"), m.Error.OUT_OF_RANGE, 24 * 65
+    ),
     "writing the activations": Refused(
         "idle", m.Write(m.Region.ACTIVATIONS, 0, b"abcd"), m.Error.READ_ONLY, 4
     ),
@@ -497,7 +499,7 @@ def test_refuses_and_changes_nothing(kind: str, title: str, folder: Path) -> Non
 def test_refuses_to_send_more_than_it_can_in_a_piece(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
         device = host(link, CASE)
-        most = device.hello().send_max
+        most = device.hello().send_max - 4  # there is an offset, too
         answer = device.request(m.Read(m.Region.WEIGHTS, 0, most + 1), m.Refused)
         assert answer == m.Refused(m.Error.OUT_OF_RANGE, most)
 
@@ -577,8 +579,8 @@ def test_nothing_can_be_read_from_a_memory_that_was_not_built_in(kind: str, fold
     with end(kind, PLAIN, folder) as link:
         device = host(link, PLAIN, replace(SETTINGS, momentum=0.0))
         device.hello()
-        assert device.request(m.Read(m.Region.MOMENTUM, 0, 0), m.Content) == m.Content(b"")
-        assert device.request(m.Write(m.Region.MOMENTUM, 0, b""), m.Done) == m.Done()
+        assert device.request(m.Read(m.Region.MOMENTUM, 0, 0), m.Content) == m.Content(0, b"")
+        assert device.request(m.Write(m.Region.MOMENTUM, 0, b""), m.Written) == m.Written(0)
         past = device.request(m.Read(m.Region.MOMENTUM, 0, 1), m.Refused)
         assert past == m.Refused(m.Error.OUT_OF_RANGE, 0)
 
@@ -687,7 +689,7 @@ def test_firmware_of_another_schema_is_a_mismatch(
 
 
 STRANGE_ANSWERS = {
-    "a Welcome that is longer than ours": (m.Welcome.CODE, bytes(30), "Welcome takes 28 bytes"),
+    "a Done that is longer than ours": (m.Done.CODE, bytes(30), "Done takes 0 bytes"),
     "an answer that we do not know": (0xC3, b"", "no message has the code 0xc3"),
     "an answer to something else": (m.Counters.CODE, bytes(34), "Counters"),
 }
@@ -697,11 +699,11 @@ STRANGE_ANSWERS = {
 def test_is_a_mismatch(title: str) -> None:
     code, body, words = STRANGE_ANSWERS[title]
     near, far = memory_pair()
-    far.write(encode(Frame(code, 1, 1, body)))  # an answer to the first request
+    far.write(encode(Frame(code, 0, 1, body)))  # an answer to the first request
     with near, far, pytest.raises(Mismatch) as mismatch:
-        host(near, CASE).hello()
+        host(near, CASE).backward(None)
     said = str(mismatch.value)
-    assert said.startswith('client "it" on memory:near answered Hello with ')
+    assert said.startswith('client "it" on memory:near answered Backward with ')
     assert words in said
     assert "`splitee build`" in said
 
@@ -709,7 +711,7 @@ def test_is_a_mismatch(title: str) -> None:
 @pytest.mark.parametrize("labels", [b"", bytes([3]), bytes([3, 1, 4]), bytes([3, 10])])
 def test_labels_that_cannot_be_are_a_mismatch(labels: bytes) -> None:
     near, far = memory_pair()
-    far.write(encode(Frame(m.Forwarded.CODE, 1, 1, labels)))
+    far.write(encode(Frame(m.Forwarded.CODE, 0, 1, labels)))
     with near, far, pytest.raises(Mismatch, match=r'^client "it" sent labels .* for 2 samples$'):
         host(near, CASE).forward(2, 8)
 
@@ -734,11 +736,16 @@ def test_a_request_is_sent_again_while_there_is_patience(monkeypatch: pytest.Mon
     near, far = memory_pair()
     recorder = Recorder(near)
     device = Device("it", recorder, BUILD, SETTINGS, session=1, patience=0.3)
-    monkeypatch.setattr(device_module, "AGAIN", {"memory": (0.05, 0.05)})
+    waits(monkeypatch, 0.05)
     with near, far, pytest.raises(Timeout):
         device.hello()
     assert len(recorder.sent) > 1
-    assert set(recorder.sent) == {encode(Frame(m.Hello.CODE, 1, 1, m.Hello(m.schema()).pack()))}
+    assert len(set(recorder.sent)) == 1
+    hello = frame_of(recorder.sent[0])
+    assert (hello.code, hello.session, hello.sequence) == (m.Hello.CODE, 1, 0)
+    asked = m.unpack(hello.code, hello.body)
+    assert isinstance(asked, m.Hello)
+    assert asked.schema == m.schema()
 
 
 def test_a_device_that_is_killed_is_a_closed_link(folder: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_shard_larger_than_ram_trains_from_a_memory_of_its_own(
         assert device.hello().samples_max == samples
         for i, place in enumerate(first):
             content = records(CASE.images[i : i + 1])
-            device.request(m.Data(int(place) * build.record_size, content), m.Done)
+            device.write(m.Region.SHARD, content, int(place) * build.record_size)
         device.settings = SETTINGS
         device.load_state(state)
         assert device.forward(8, 8).labels.tolist() == CASE.images.y[:8].tolist()

@@ -33,6 +33,7 @@ def any_message() -> st.SearchStrategy[Message]:
         "B": st.integers(0, 2**8 - 1),
         "H": st.integers(0, 2**16 - 1),
         "I": st.integers(0, 2**32 - 1),
+        "Q": st.integers(0, 2**64 - 1),
         "f": st.floats(width=32, allow_nan=False),
         "s": st.binary(max_size=600),
     }

@@ -13,6 +13,8 @@ _TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-
 MESSAGES: list[dict[str, Any]] = _TABLE["messages"]
 CODING: list[dict[str, Any]] = _TABLE["coding"]
 STREAMS: list[dict[str, Any]] = _TABLE["streams"]
+SEALED: list[dict[str, Any]] = _TABLE["sealed"]
+SESSION_KEYS: list[dict[str, Any]] = _TABLE["session_keys"]
 WHOLE: list[dict[str, Any]] = MESSAGES + _TABLE["frames"]
 """Every case with a whole frame in it."""
 
@@ -29,6 +31,16 @@ def unhex(text: str | list[Any]) -> bytes:
 def frame_of(case: dict[str, Any]) -> Frame:
     """The frame of a case in WHOLE."""
     return Frame(case["code"], case["session"], case["sequence"], unhex(case["body"]))
+
+
+def bytes_of(case: dict[str, Any]) -> bytes:
+    """A case on the wire."""
+    return unhex(case["bytes"])
+
+
+def body_of(case: dict[str, Any]) -> bytes:
+    """The body of a case."""
+    return unhex(case["body"])
 
 
 def title(case: dict[str, Any]) -> str:

@@ -51,6 +51,10 @@ class CheckpointError(SpliteeError):
     """A run cannot be written or read."""
 
 
+class KeyFileError(SpliteeError):
+    """Keys are missing, or cannot be read or written."""
+
+
 class NotFinite(SpliteeError):
     """A gradient or a loss is infinite or no number: the step was not taken."""
 
@@ -86,6 +90,14 @@ class LinkError(SpliteeError):
 
 class Timeout(LinkError):
     """No answer in time."""
+
+
+class Late(LinkError):
+    """The round was over before the client's pass was."""
+
+
+class SessionLost(LinkError):
+    """The device went on without this host: it was reset, or another host uses it."""
 
 
 class LinkClosed(LinkError):

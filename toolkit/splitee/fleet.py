@@ -105,6 +105,9 @@ class Fleet(_Table):
     exits: Literal["own", "upto"] = "own"
     period: Annotated[int, Field(ge=1)] = 1  # rounds between two aggregations
     entropy: Annotated[float, Field(ge=0, le=1)] = 0.5  # an exit answers up to this
+    # auto: clients with a key are spoken to under it, and one behind a network must have one; none:
+    # without keys, wherever they are
+    auth: Literal["auto", "none"] = "auto"
     rejoin_within: Annotated[float, Field(gt=0)] = 30.0  # seconds of silence; then a client is out
     model: ModelTable = ModelTable()
     data: DataTable = DataTable()

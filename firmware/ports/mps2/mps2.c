@@ -48,3 +48,10 @@ uint32_t port_micros(void) {
 uint32_t port_stack_used(void) {
     return stack_used();
 }
+
+// The boards have no source of random bytes.
+int port_entropy(uint8_t *bytes, size_t size) {
+    (void)bytes;
+    (void)size;
+    return 0;
+}

@@ -26,6 +26,7 @@ static struct ring ring;
 
 // A UART sets no limit; a frame that is spoilt on a real line costs this much to send again.
 uint32_t port_send_max = 4096;
+const uint32_t port_window = RING_SIZE;
 
 void mps2_link_init(void) {
     UART0->divider = UART0_HZ / BAUD_RATE;

@@ -11,16 +11,15 @@
 #include "ports/mps2/mps2.h"    // what mps2.c needs of a link
 #include "protocol/frame.h"     // what is around a body
 
-// A frame with a body of that size, coded: COBS adds a byte to 254, and two more.
-#define FRAME_SIZE(body) (FRAME_HEADER_SIZE + (body) + FRAME_CRC_SIZE)
-#define CODED_SIZE(body) (FRAME_SIZE(body) + FRAME_SIZE(body) / 254 + 2)
-// The packet that carries it, with the CRC behind it, in whole words.
-#define PACKET_SIZE(body) ((NET_HEADERS_SIZE + CODED_SIZE(body) + 4 + 3) / 4 * 4)
+// The packet that carries a frame, with the CRC behind it, in whole words.
+#define PACKET_SIZE(body) ((NET_HEADERS_SIZE + FRAME_CODED_SIZE(body) + 4 + 3) / 4 * 4)
 
-#define SEND_MAX 1456u // fills an Ethernet packet
-_Static_assert(CODED_SIZE(SEND_MAX) <= NET_CONTENT_MAX, "a frame does not fit a datagram");
-_Static_assert(CODED_SIZE(RECEIVE_MAX) <= NET_CONTENT_MAX, "a frame does not fit a datagram");
+#define SEND_MAX 1444u // with the seal of a key, it fills an Ethernet packet
+_Static_assert(FRAME_CODED_SIZE(SEND_MAX) <= NET_CONTENT_MAX, "a frame does not fit a datagram");
+_Static_assert(FRAME_CODED_SIZE(RECEIVE_MAX) <= NET_CONTENT_MAX, "a frame does not fit a datagram");
 uint32_t port_send_max = SEND_MAX;
+// How much the chip keeps, the host finds out by itself: what is too much is lost, and sent again.
+const uint32_t port_window = UINT16_MAX;
 
 static struct net net = {.address = {UDP_ADDRESS}, .port = UDP_PORT};
 static uint8_t incoming[PACKET_SIZE(RECEIVE_MAX)]; // the packet being read
@@ -64,7 +63,8 @@ size_t port_read(uint8_t *buffer, size_t size) {
             break;
         case NET_DATAGRAM:
             unread = part;
-            break;
+            buffer[0] = 0; // each datagram begins anew, whoever sent half a frame before
+            return 1;
         case NET_NOTHING:
             break;
         }

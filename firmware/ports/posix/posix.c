@@ -6,7 +6,7 @@
 //                                too, so that a host that crashed leaves nothing behind
 //
 // SIGTERM ends it with status 0. Errors go to stderr, status 2.
-#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE // getentropy
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -22,13 +22,14 @@
 
 #include "core/port.h"
 
-// A datagram of 1,472 bytes fits one Ethernet packet: 1,456 of body, 9 of header and CRC, 6 that
-// COBS adds to 1,465 bytes, and the zero byte at the end.
-#define UDP_BODY_MAX 1456u
+// A datagram of 1,472 bytes fits one Ethernet packet: 1,444 of body, 5 of header, up to 16 of seal,
+// 6 that COBS adds to these, and the zero byte at the end.
+#define UDP_BODY_MAX 1444u
 #define STREAM_BODY_MAX 65536u
-#define DATAGRAM_MAX 65507u
+#define DATAGRAM_MAX 65508u // and a zero in front
 
 uint32_t port_send_max = STREAM_BODY_MAX;
+const uint32_t port_window = 65536; // of a pipe; a socket has three times that
 
 static int udp = -1; // the socket, or -1: stdin and stdout
 static struct sockaddr_in peer;
@@ -128,11 +129,12 @@ static void receive_datagram(void) {
         }
     } while (wait[0].revents == 0);
     socklen_t peer_size = sizeof peer;
-    const ssize_t count = recvfrom(udp, incoming, sizeof incoming, MSG_DONTWAIT,
+    const ssize_t count = recvfrom(udp, incoming + 1, sizeof incoming - 1, MSG_DONTWAIT,
                                    (struct sockaddr *)&peer, &peer_size);
     // There may be nothing after all: the system drops a datagram with a wrong checksum only now.
+    // The zero in front of each begins anew, whoever sent half a frame before.
     incoming_start = 0;
-    incoming_end = count < 0 ? 0 : (size_t)count;
+    incoming_end = count < 0 ? 0 : 1 + (size_t)count;
 }
 
 size_t port_read(uint8_t *buffer, size_t size) {
@@ -203,4 +205,8 @@ uint32_t port_stack_used(void) {
 // The system keeps such figures for all of its programs together.
 uint32_t port_dropped(void) {
     return 0;
+}
+
+int port_entropy(uint8_t *bytes, size_t size) {
+    return getentropy(bytes, size) == 0;
 }

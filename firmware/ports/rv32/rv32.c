@@ -43,6 +43,7 @@ static struct ring ring;
 
 // A UART sets no limit; a frame that is spoilt on a real line costs this much to send again.
 uint32_t port_send_max = 4096;
+const uint32_t port_window = RING_SIZE;
 
 void port_init(int argc, char **argv) {
     (void)argc;
@@ -111,5 +112,12 @@ uint32_t port_stack_used(void) {
 }
 
 uint32_t port_dropped(void) {
+    return 0;
+}
+
+// The machine has no source of random bytes.
+int port_entropy(uint8_t *bytes, size_t size) {
+    (void)bytes;
+    (void)size;
     return 0;
 }

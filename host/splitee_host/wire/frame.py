@@ -1,25 +1,27 @@
-"""Frames on a byte stream: COBS with a zero byte behind each, CRC-32 inside.
+"""Frames on a byte stream: COBS with a zero byte behind each, a seal inside.
 
-A frame before coding: code u8, session u16, sequence u16, body, CRC-32 of all that u32, little
-endian. ``firmware/protocol/frame.c`` is the other end, and the two give the same verdict on any
-bytes. The coding is Consistent Overhead Byte Stuffing (Cheshire and Baker, IEEE/ACM Transactions
-on Networking 7(2), 1999): no zero byte is left in a frame, so that a receiver that lost its place
-has it again at the next zero byte.
+A frame before coding: code u8, session u16, sequence u16, body, seal of all that (``seal.py``),
+little endian. ``firmware/protocol/frame.c`` is the other end, and the two give the same verdict on
+any bytes. The coding is Consistent Overhead Byte Stuffing (Cheshire and Baker, IEEE/ACM
+Transactions on Networking 7(2), 1999): no zero byte is left in a frame, so that a receiver that
+lost its place has it again at the next zero byte.
 """
 
 from __future__ import annotations
 
+import hmac
 import struct
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from splitee_host.wire.seal import CRC_SIZE, TAG_SIZE, Sealing, seal
+
 _HEADER = struct.Struct("<BHH")
-_CRC = struct.Struct("<I")
 
 CAPACITY = 1 << 20
-"""Bytes of the largest frame (header, body, CRC) that a reader takes unless told otherwise."""
+"""Bytes of the largest frame (header, body, seal) that a reader takes unless told otherwise."""
 
 _FULL = 254
 """Bytes in a full block. It is the only block that no zero byte of the data follows."""
@@ -35,13 +37,24 @@ class Frame:
     body: bytes = b""
 
 
-def encode(frame: Frame) -> bytes:
-    """The bytes to send for a frame, with the zero byte that ends it.
+def encode(frame: Frame, sealing: Sealing | None = None) -> bytes:
+    """The bytes to send for a frame, with the zero byte that ends it; sealed by a CRC-32, or a key.
 
     Raises ``struct.error`` when the code is no u8, or session or sequence no u16.
     """
-    data = _HEADER.pack(frame.code, frame.session, frame.sequence) + frame.body
-    return cobs_encode(data + _CRC.pack(zlib.crc32(data))) + b"\0"
+    content = _HEADER.pack(frame.code, frame.session, frame.sequence) + frame.body
+    return cobs_encode(content + seal(content, sealing)) + b"\0"
+
+
+def coded_size(body: int, seal_size: int) -> int:
+    """The most bytes that a frame with a body of so many bytes takes on the wire."""
+    size = _HEADER.size + body + seal_size
+    return size + size // _FULL + 2
+
+
+def coded_body(size: int) -> int:
+    """The largest body of a frame that takes no more than so many bytes on the wire."""
+    return size - 2 - size // _FULL - _HEADER.size - TAG_SIZE
 
 
 def cobs_encode(data: bytes) -> bytes:
@@ -90,12 +103,22 @@ class FrameReader:
     """Finds the frames in a stream of bytes, whatever pieces it comes in.
 
     ``bad`` counts the frames dropped so far: longer than ``capacity`` bytes (header, body and
-    CRC), miscoded, too short, or with a wrong CRC. Empty frames (runs of zero bytes) are not
+    seal), miscoded, too short, or with a wrong seal. Empty frames (runs of zero bytes) are not
     counted. No more than a frame of ``capacity`` bytes is kept between calls.
     """
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
+    def __init__(
+        self,
+        capacity: int = CAPACITY,
+        sealing: Callable[[Frame], Sealing | None] | None = None,
+    ) -> None:
+        """sealing: says how a frame has to be sealed, or None that it cannot be good.
+
+        Without it, all frames have a CRC-32.
+        """
         self.bad = 0
+        self._sealing = sealing
+        self._seal_size = CRC_SIZE if sealing is None else TAG_SIZE
         self._capacity = capacity
         self._coded_max = capacity + capacity // _FULL + 1
         self._coded = bytearray()  # of the frame that has begun, cut off one byte past the limit
@@ -123,10 +146,14 @@ class FrameReader:
         if len(self._coded) > self._coded_max:
             return None
         data = cobs_decode(self._coded)
-        if data is None or not _HEADER.size + _CRC.size <= len(data) <= self._capacity:
+        if data is None or not _HEADER.size + self._seal_size <= len(data) <= self._capacity:
             return None
-        content = data[: -_CRC.size]
-        if zlib.crc32(content) != _CRC.unpack_from(data, len(content))[0]:
-            return None
+        content, end = data[: -self._seal_size], data[-self._seal_size :]
         code, session, sequence = _HEADER.unpack_from(content)
-        return Frame(code, session, sequence, content[_HEADER.size :])
+        frame = Frame(code, session, sequence, content[_HEADER.size :])
+        sealing = None
+        if self._sealing is not None:
+            sealing = self._sealing(frame)
+            if sealing is None:
+                return None
+        return frame if hmac.compare_digest(seal(content, sealing), end) else None

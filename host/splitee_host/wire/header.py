@@ -47,8 +47,14 @@ _TOP = f"""\
 // CRC-32 of the whole schema: two ends with the same number speak the same wire.
 """
 
-_TYPES = {"B": "u8", "H": "u16", "I": "u32", "f": "f32"}
-_C_TYPES = {"u8": "uint8_t", "u16": "uint16_t", "u32": "uint32_t", "f32": "float"}
+_TYPES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64", "f": "f32"}
+_C_TYPES = {
+    "u8": "uint8_t",
+    "u16": "uint16_t",
+    "u32": "uint32_t",
+    "u64": "uint64_t",
+    "f32": "float",
+}
 
 
 def render() -> str:

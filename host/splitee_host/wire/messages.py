@@ -2,9 +2,12 @@
 
 The C header ``firmware/protocol/messages.h`` is generated from this file (``header.py``), and
 ``schema()`` is the number that both ends compare at hello. Every message is a request of the host
-or the answer of a device to it; one request is outstanding at a time. Integers and floats are
-little-endian and unaligned; a ``bytes`` field can only be the last one and runs to the end of the
-frame.
+or the answer of a device to it. Requests are numbered from 1 on in each session. ``MOVES`` carry
+pieces of a region: the pieces of one transfer share a number, may be under way together, come in
+any order and be carried out again. All other requests have a number each, wait for what was before
+them, and are acted on once; a number that comes again is answered again. ``Hello`` has number 0.
+Integers and floats are little-endian and unaligned; a ``bytes`` field can only be the last one and
+runs to the end of the frame.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Annotated, ClassVar, get_args, get_type_hints
 U8 = Annotated[int, "B"]
 U16 = Annotated[int, "H"]
 U32 = Annotated[int, "I"]
+U64 = Annotated[int, "Q"]
 F32 = Annotated[float, "f"]
 
 
@@ -90,10 +94,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Hello(Message):
-    """Opens a session (its number stands in the frame's header)."""
+    """Asks who is there, in a new session, whose number stands in the frame's header.
+
+    It changes nothing: the session begins with its first request, which is number 1.
+    """
 
     CODE = 0x01
     schema: U32
+    nonce: U64  # never used before by this host; the session's key is made of it
 
 
 @dataclass(frozen=True)
@@ -111,15 +119,6 @@ class Settings(Message):
     exit_weight: F32
     server_weight: F32
     clip: F32  # largest norm of the gradients that a step takes together; 0: any
-
-
-@dataclass(frozen=True)
-class Data(Message):
-    """A piece of the shard, standing in for a sensor: bytes of Region.SHARD from offset on."""
-
-    CODE = 0x03
-    offset: U32
-    records: bytes
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class Step(Message):
 
 @dataclass(frozen=True)
 class Read(Message):
-    """Asks for length bytes of a region."""
+    """Asks for length bytes of a region, from offset on: a piece of a transfer."""
 
     CODE = 0x09
     region: U8
@@ -185,7 +184,7 @@ class Read(Message):
 
 @dataclass(frozen=True)
 class Write(Message):
-    """Puts bytes into a region."""
+    """Puts bytes into a region, from offset on: a piece of a transfer."""
 
     CODE = 0x0A
     region: U8
@@ -252,10 +251,14 @@ class Welcome(Message):
     segment: U32  # checksum of the segment built in
     receive_max: U32  # largest body of a frame the device can receive, bytes
     send_max: U32  # largest body of a frame the device may send, bytes
+    window: U32  # bytes of further requests that find room while it is busy with one
     samples_max: U16  # samples the shard has room for
     samples: U16  # samples it holds
     steps: U32  # training steps taken so far
     shard: U32  # CRC-32 of the records it holds: the host sends them only if they differ
+    session: U16  # that it is in, until a request comes in the new one; 0 since power-up
+    fresh: U8  # whether the nonce is random; otherwise it may come again after a reset
+    nonce: U64
 
 
 @dataclass(frozen=True)
@@ -277,10 +280,19 @@ class Stepped(Message):
 
 @dataclass(frozen=True)
 class Content(Message):
-    """Answer to Read."""
+    """Answer to Read, with its offset."""
 
     CODE = 0x89
+    offset: U32
     content: bytes
+
+
+@dataclass(frozen=True)
+class Written(Message):
+    """Answer to Write, with its offset."""
+
+    CODE = 0x8A
+    offset: U32
 
 
 @dataclass(frozen=True)
@@ -294,8 +306,9 @@ class Counters(Message):
     epoch: U32
     steps: U32
     frames: U32  # good frames received
-    bad_frames: U32  # frames with a wrong length, checksum or coding
-    repeated_frames: U32  # requests answered again without acting
+    bad_frames: U32  # frames with a wrong length, coding, or checksum; or tag, where it has a key
+    foreign_frames: U32  # of another session, or not in turn
+    repeated_frames: U32  # requests that came again, pieces of transfers not counted
     compute_micros: U32  # time spent in forward, backward and step (wraps)
     stack_used: U32  # bytes, the most at once since power-up; 0: not known
     dropped_packets: U32  # of a network: no room, fragments, wrong lengths and checksums
@@ -313,7 +326,6 @@ class Refused(Message):
 REQUESTS: tuple[type[Message], ...] = (
     Hello,
     Settings,
-    Data,
     Place,
     Forward,
     Infer,
@@ -332,9 +344,11 @@ ANSWERS: tuple[type[Message], ...] = (
     Forwarded,
     Stepped,
     Content,
+    Written,
     Counters,
     Refused,
 )
+MOVES: tuple[type[Message], ...] = (Read, Write)
 MESSAGES: dict[int, type[Message]] = {m.CODE: m for m in REQUESTS + ANSWERS}
 
 
