@@ -73,12 +73,20 @@ def _assembly(fleet: Fleet) -> Assembly:
 
 
 @app.command()
-def boards(as_json: Json = False) -> None:
+def boards(
+    connected: Annotated[
+        bool, typer.Option("--connected", help="List the serial ports of this machine instead.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """List the boards that a fleet file may name."""
     from rich.table import Table
 
     from splitee_host.boards import load_boards
 
+    if connected:
+        _connected(as_json)
+        return
     known = load_boards().values()
     if as_json:
         rows = [
@@ -110,6 +118,39 @@ def boards(as_json: Json = False) -> None:
             _size(b.flash_bytes),
             f"{b.title}: {b.status}",
         )  # fmt: skip
+    _console().print(table)
+
+
+def _connected(as_json: bool) -> None:
+    """Lists what is attached to this machine, with the address that a fleet file names it by."""
+    from rich.table import Table
+
+    from splitee_host.ports import attached
+
+    rows = [
+        {
+            "link": port.address,
+            "device": port.device,
+            "vid": None if port.vendor is None else f"{port.vendor:04x}",
+            "pid": None if port.product is None else f"{port.product:04x}",
+            "serial_number": port.serial_number,
+            "title": port.title,
+        }
+        for port in attached()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        typer.echo("no serial port is attached")
+        return
+    table = Table()
+    for name in ("link", "device", "VID:PID", "serial number", "what it says that it is"):
+        table.add_column(name)
+    for row in rows:
+        kind = f"{row['vid']}:{row['pid']}" if row["vid"] else "-"
+        cells = (row["link"], row["device"], kind, row["serial_number"] or "-", row["title"] or "-")
+        table.add_row(*(_plain(cell) for cell in cells))
     _console().print(table)
 
 
@@ -605,6 +646,43 @@ def bench_hash(
         flash = f"{row['flash_bytes']:,}"
         table.add_row(row["hash"], f"{size:,}", f"{count:,}", f"{count / size:.1f}", flash)
     _console().print(table)
+
+
+@bench_app.command("link")
+def bench_link(
+    only: Annotated[
+        list[str] | None, typer.Option("--link", help="Only this link; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what share of a link's rate the exchange with a device leaves to tensors."""
+    from rich.table import Table
+
+    from splitee.errors import SpliteeError
+    from splitee_exporters.c import to_c
+    from splitee_host.goodput import LINKS, links
+
+    names = tuple(only or LINKS)
+    for name in names:
+        if name not in LINKS:
+            raise SpliteeError(f'no link "{name}" is measured: there are {", ".join(LINKS)}')
+    rows = list(links(BUILD, to_c, names))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None)
+    for name in ("link", "case", "direction"):
+        table.add_column(name)
+    for name in ("goodput", "overhead"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        goodput, overhead = (f"{100 * row[k]:.1f}%" for k in ("goodput_ratio", "overhead"))
+        table.add_row(row["link"], row["case"], row["direction"], goodput, overhead)
+    _console().print(table)
+    typer.echo(
+        "goodput: of tensors of 64 KiB, against that of bytes without any exchange\n"
+        "overhead: bytes on the line beside the payload, 1,400 bytes at a time"
+    )
 
 
 @app.command()

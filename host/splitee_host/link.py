@@ -27,9 +27,9 @@ from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
 
 import serial
-from serial.tools import list_ports
 
 from splitee.errors import LinkClosed, LinkError, Timeout
+from splitee_host import ports
 
 BAUD = 115200
 """Bits per second of a serial port whose URL names none."""
@@ -43,8 +43,8 @@ _SLICE = 0.05  # seconds after which a read that cannot be interrupted looks whe
 _LEAVE = 2.0  # seconds that a child process has to end by itself
 
 _FORMS = (
-    "serial:/dev/ttyX[?baud=115200], /dev/ttyX, rfc2217://host:port[?baud=115200], "
-    "socket://host:port, tcp://host:port, udp://host:port"
+    "serial:/dev/ttyX[?baud=115200], /dev/ttyX, usb:VID:PID[:SERIAL][?baud=115200], "
+    "rfc2217://host:port[?baud=115200], socket://host:port, tcp://host:port, udp://host:port"
 )
 
 
@@ -86,7 +86,8 @@ class Link(Protocol):
 def open_link(url: str) -> Link:
     """The link that a URL describes, open.
 
-    ``serial:/dev/ttyACM0?baud=921600`` or just ``/dev/ttyACM0`` is a serial port of this machine,
+    ``serial:/dev/ttyACM0?baud=921600`` or just ``/dev/ttyACM0`` is a serial port of this machine;
+    ``usb:VID:PID`` or ``usb:VID:PID:SERIAL`` is that of a board on USB, wherever it is now;
     ``rfc2217://host:port`` one of another machine, ``socket://host:port`` a serial line that
     something offers as a plain TCP stream (an emulator, ser2net), ``tcp://host:port`` and
     ``udp://host:port`` a device on the network. Raises LinkError, saying why, when there is no
@@ -99,6 +100,8 @@ def open_link(url: str) -> Link:
     baud = _baud(query)
     if scheme == "serial" and rest and baud:
         return SerialLink(rest, baud)
+    if ports.is_address(address) and baud:
+        return SerialLink(ports.find(address), baud)
     host, port = _host_and_port(address)
     if scheme == "rfc2217" and host and port and baud:
         return RemoteSerialLink(host, port, baud)
@@ -130,7 +133,7 @@ def _shown(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-class _Closable:
+class Closable:
     """What can be closed once, from any thread, whatever other threads are waiting for."""
 
     def __init__(self, name: str) -> None:
@@ -188,7 +191,7 @@ class _Waiting:
         self._far.close()
 
 
-class _DescriptorLink(_Closable):
+class _DescriptorLink(Closable):
     """What the links have in common whose ends are descriptors that never block."""
 
     def __init__(self, kind: str, name: str, source: int, sink: int) -> None:
@@ -431,7 +434,7 @@ class ProcessLink(PipeLink):
         return f"{self.name} ended with {how}: see what it wrote to standard error"
 
 
-class RemoteSerialLink(_Closable):
+class RemoteSerialLink(Closable):
     """A serial port of another machine, offered by RFC 2217 (ser2net, pyserial, esptool)."""
 
     def __init__(self, host: str, port: int, baud: int = BAUD) -> None:
@@ -469,7 +472,7 @@ class RemoteSerialLink(_Closable):
         return f"{self.name} closed the connection: start its server again"
 
 
-class MemoryLink(_Closable):
+class MemoryLink(Closable):
     """One end of a link within this process; ``memory_pair`` makes both."""
 
     _peer: MemoryLink
@@ -516,7 +519,7 @@ def memory_pair() -> tuple[MemoryLink, MemoryLink]:
     return near, far
 
 
-class Listener(_Closable):
+class Listener(Closable):
     """Takes those who connect over TCP; ``url`` is what they pass to ``open_link``."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -578,8 +581,8 @@ def _why_no_port(device: str, baud: int, error: OSError | ValueError) -> str:
     """What went wrong in opening a port, and the cure."""
     number = error.errno if isinstance(error, OSError) else None
     if number == errno.ENOENT:
-        ports = ", ".join(sorted(port.device for port in list_ports.comports()))
-        cure = f"use one of those there are ({ports})" if ports else "plug the board in"
+        there = ", ".join(port.device for port in ports.attached())
+        cure = f"use one of those there are ({there})" if there else "plug the board in"
         return f"there is no serial port {device}: {cure}"
     if number in (errno.EACCES, errno.EPERM):
         group = _group(device)

@@ -1,17 +1,23 @@
-"""What kernels and hashes cost stays what it was, and is what it has to be."""
+"""What kernels and hashes cost stays what it was, and is what it has to be; links are measured."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from host_harness import splitee
 from splitee.errors import MissingTool, SpliteeError
-from splitee_host import bench, boards
+from splitee_exporters.c import to_c
+from splitee_host import bench, boards, goodput
+from splitee_host.relay import Faults, Relay
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 RENEW = "splitee bench kernels --board {0} --json > benchmarks/kernels-{0}.json"
@@ -134,3 +140,63 @@ def test_no_hash_takes_one_percent_more_than_before(tmp_path: Path) -> None:
 def test_a_board_that_cannot_count_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpliteeError, match=r"posix cannot count instructions"):
         bench.kernels(boards.load_boards()["posix"], tmp_path)
+
+
+# ---- links ----
+
+
+@contextmanager
+def pump(name: str, folder: Path) -> Iterator[tuple[Relay, goodput.Pump]]:
+    """The host's end of a pump on one of the links that are measured."""
+    setup = goodput.LINKS[name]
+    board = boards.load_boards()[setup.board]
+    firmware = goodput.build_pump(board, folder / board.name)
+    with goodput.relayed(setup, board, firmware, Faults()) as relay:
+        yield relay, goodput.Pump(relay)
+
+
+@pytest.mark.parametrize("name", goodput.LINKS)
+def test_a_pump_moves_every_byte_and_hardly_another(name: str, tmp_path: Path) -> None:
+    size, pieces = 1449, 14  # the last one is shorter
+    total = size * (pieces - 1) + 7
+    try:
+        with pump(name, tmp_path) as (relay, the_pump):
+            for _ in range(2):  # it is where it was
+                down, up = relay.down_counts.bytes, relay.up_counts.bytes
+                the_pump.down(bytes(total), size)
+                command, answers = 8, pieces if relay.kind == "udp" else 1
+                assert relay.down_counts.bytes - down == total + command
+                assert relay.up_counts.bytes - up == answers
+                down, up = relay.down_counts.bytes, relay.up_counts.bytes
+                the_pump.up(total, size)
+                assert relay.up_counts.bytes - up == total
+                assert relay.down_counts.bytes - down == answers + command
+    except MissingTool as missing:
+        pytest.skip(str(missing))
+
+
+def test_a_row_for_each_case_and_direction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = replace(goodput.LINKS["udp-paced"], down=1, up=1, repeats=1, rate=math.inf)
+    monkeypatch.setitem(goodput.LINKS, "udp-paced", quick)
+    monkeypatch.setattr(goodput, "CASES", {"clean": 0.0, "loss1": 0.01})
+    rows = list(goodput.links(tmp_path, to_c, ("udp-paced",)))
+    assert [(row["link"], row["case"], row["direction"]) for row in rows] == [
+        ("udp-paced", case, direction)
+        for case in ("clean", "loss1")
+        for direction in ("down", "up")
+    ]
+    for row in rows:
+        assert row["goodput_ratio"] > 0
+        assert row["overhead"] > 0
+
+
+def test_a_ratio_is_that_of_each_transfers_best() -> None:
+    run = goodput.Run
+    runs = [run([1.0, 3.0], [4.0, 2.0], 0.02), run([2.0, 1.0], [2.0, 6.0, 9.0], 0.01)]
+    assert goodput.figures(runs) == {"goodput_ratio": 0.5, "overhead": 0.01}
+
+
+def test_a_link_that_is_not_measured_is_told() -> None:
+    said = splitee("bench", "link", "--link", "pigeon")
+    assert said.code == 1
+    assert 'no link "pigeon" is measured: there are serial-paced, udp-paced' in said.err

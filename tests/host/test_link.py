@@ -12,7 +12,7 @@ import termios
 import threading
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,32 +146,56 @@ def accepted_echo() -> Iterator[Echo]:
             yield echo
 
 
+@dataclass
+class Remote:
+    """A port that a server for RFC 2217 offers."""
+
+    url: str
+    port: serial.SerialBase
+    drop: Callable[[], None]  # ends the connection to whoever uses it
+    stop: Callable[[], None]  # ends the server
+
+
 @contextmanager
-def rfc2217_echo() -> Iterator[Echo]:
+def rfc2217_server() -> Iterator[Remote]:
     """pyserial's own server for RFC 2217 in front of its own port that echoes."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        serial.serial_for_url("loop://") as port,
+    ):
         connections: list[socket.socket] = []
 
         class Sender:
             def write(self, data: bytes) -> None:
-                connections[0].sendall(data)
+                connections[-1].sendall(data)
 
         def work() -> None:
-            connections.append(server.accept()[0])
-            with connections[0] as connection, serial.serial_for_url("loop://") as port:
-                manager = rfc2217.PortManager(port, Sender())
-                while data := connection.recv(1024):
-                    port.write(b"".join(manager.filter(data)))
-                    connection.sendall(b"".join(manager.escape(port.read(port.in_waiting))))
+            with suppress(OSError):  # by which accept says that the server was stopped
+                while True:
+                    connections.append(server.accept()[0])
+                    with connections[-1] as connection:
+                        manager = rfc2217.PortManager(port, Sender())
+                        while data := connection.recv(1024):
+                            port.write(b"".join(manager.filter(data)))
+                            answer = manager.escape(port.read(port.in_waiting))
+                            connection.sendall(b"".join(answer))
+
+        def drop() -> None:
+            connections[-1].shutdown(socket.SHUT_RDWR)
 
         def stop() -> None:
-            connections[0].shutdown(socket.SHUT_RDWR)
+            server.shutdown(socket.SHUT_RDWR)
+            drop()
 
-        with (
-            running(work, stop) as end,
-            open_link(f"rfc2217://127.0.0.1:{server.getsockname()[1]}") as link,
-        ):
-            yield Echo(link, end)
+        with running(work, stop) as end:
+            url = f"rfc2217://127.0.0.1:{server.getsockname()[1]}"
+            yield Remote(url, port, drop, end)
+
+
+@contextmanager
+def rfc2217_echo() -> Iterator[Echo]:
+    with rfc2217_server() as remote, open_link(remote.url) as link:
+        yield Echo(link, remote.stop)
 
 
 ECHOES: dict[str, Callable[[], AbstractContextManager[Echo]]] = {
@@ -368,6 +392,79 @@ def test_a_serial_port_is_opened_at_the_speed_asked_for() -> None:
                 assert termios.tcgetattr(board)[4:6] == [speed, speed]
 
 
+def test_a_remote_port_is_opened_at_the_speed_asked_for() -> None:
+    with rfc2217_server() as remote:
+        for query, speed in (("", 115200), ("?baud=9600", 9600), ("?baud=921600", 921600)):
+            with open_link(remote.url + query) as link:
+                assert link.name == f"serial:{remote.url}"
+                assert remote.port.baudrate == speed
+
+
+@contextmanager
+def pty_that_comes_back(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A board under a name that leads to another device each time, as udev's by-id names do."""
+    path = folder / "usb-board"
+    with ExitStack() as ends:
+        first = ends.enter_context(ExitStack())
+        _, device = first.enter_context(raw_pty())
+        path.symlink_to(device)
+
+        def again() -> None:
+            board, other = ends.enter_context(raw_pty())
+            ends.enter_context(running(lambda: echo_once(board), lambda: None))
+            path.unlink()
+            path.symlink_to(other)
+            first.close()
+
+        yield f"serial:{path}", again
+
+
+def echo_once(board: int) -> None:
+    data = os.read(board, 1 << 16)
+    os.write(board, data)
+
+
+@contextmanager
+def socket_that_comes_back(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    with socket.create_server(("127.0.0.1", 0)) as server, ExitStack() as ends:
+
+        def again() -> None:
+            server.accept()[0].close()
+            ends.enter_context(running(serve_next, lambda: None))
+
+        def serve_next() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(connection.recv(1 << 16))
+
+        yield f"socket://127.0.0.1:{server.getsockname()[1]}", again
+
+
+@contextmanager
+def rfc2217_that_comes_back(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    with rfc2217_server() as remote:
+        yield remote.url, remote.drop
+
+
+@pytest.mark.parametrize(
+    "coming_back",
+    [pty_that_comes_back, socket_that_comes_back, rfc2217_that_comes_back],
+    ids=["serial", "socket", "rfc2217"],
+)
+def test_a_line_that_broke_can_be_opened_again(
+    coming_back: Callable[[Path], AbstractContextManager[tuple[str, Callable[[], None]]]],
+    tmp_path: Path,
+) -> None:
+    message = b"short\0"
+    with coming_back(tmp_path) as (url, breaks):
+        with open_link(url) as link:
+            breaks()
+            with pytest.raises(LinkClosed):
+                link.read(FOREVER)
+        with open_link(url) as link:
+            link.write(message)
+            assert read_bytes(link, len(message)) == message
+
+
 @pytest.mark.parametrize(
     ("plugged", "cure"),
     [([], "plug the board in"), (["/dev/ttyUSB1", "/dev/ttyACM0"], "/dev/ttyACM0, /dev/ttyUSB1")],
@@ -547,6 +644,7 @@ def test_a_program_that_is_not_there_is_told() -> None:
         "tcp://localhost:80/path",
         "udp://localhost:80?baud=9600",
         "socket://localhost:80?logging=debug",
+        "socket://localhost:80?baud=9600",
         "rfc2217://localhost:80?baud=fast",
         "serial:",
         "serial:/dev/ttyACM0?baud=0",
@@ -558,7 +656,7 @@ def test_what_is_no_link_is_refused_with_the_forms_there_are(url: str) -> None:
     with pytest.raises(LinkError) as caught:
         open_link(url)
     assert repr(url) in str(caught.value)
-    for form in ("serial:/dev/", "rfc2217://", "socket://", "tcp://", "udp://"):
+    for form in ("serial:/dev/", "usb:", "rfc2217://", "socket://", "tcp://", "udp://"):
         assert form in str(caught.value)
 
 
