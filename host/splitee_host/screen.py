@@ -17,7 +17,7 @@ from rich.text import Text
 from splitee.client import Client
 from splitee.place import kib
 from splitee.runs import ClientSummary
-from splitee.train import BatchDone, ClientDone, ClientLost, Event, RoundDone
+from splitee.train import BatchDone, ClientBack, ClientDone, ClientLost, Event, RoundDone
 from splitee_host.memory import Usage
 
 
@@ -25,7 +25,7 @@ from splitee_host.memory import Usage
 class _Line:
     client: Client
     samples: int  # in a round
-    round: int = 1
+    round: int
     seen: int = 0
     rate: float = 0.0  # samples/s in this round
     exit_loss: float = float("nan")
@@ -33,15 +33,25 @@ class _Line:
     began: float = field(default_factory=time.perf_counter)
     lost: str = ""
 
+    def begin(self) -> None:
+        """Its pass begins, or begins again."""
+        self.seen, self.began = 0, time.perf_counter()
+
 
 class Screen:
     """Shows events live on a terminal; where there is none, a line for each client and round."""
 
     def __init__(
-        self, console: Console, clients: Sequence[Client], samples: dict[str, int], rounds: int
+        self,
+        console: Console,
+        clients: Sequence[Client],
+        samples: dict[str, int],
+        rounds: int,
+        first: int = 1,
     ) -> None:
+        """first: the round that the clients are about to begin."""
         self._console = console
-        self._lines = {c.name: _Line(c, samples[c.name]) for c in clients}
+        self._lines = {c.name: _Line(c, samples[c.name], first) for c in clients}
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(bar_width=None),
@@ -50,7 +60,7 @@ class Screen:
             TimeElapsedColumn(),
             console=console,
         )
-        self._task = self._progress.add_task("", total=rounds)
+        self._task = self._progress.add_task("", total=rounds, completed=first - 1)
         self._live = Live(
             get_renderable=self._render, console=console, refresh_per_second=4, transient=True
         )
@@ -73,7 +83,11 @@ class Screen:
         if isinstance(event, RoundDone):
             self._progress.update(self._task, completed=event.round)
             for line in self._lines.values():
-                line.round, line.seen, line.began = event.round + 1, 0, time.perf_counter()
+                line.round = event.round + 1
+                line.begin()
+            if event.missing:
+                without = f"round {event.round} is complete without {', '.join(event.missing)}"
+                self._console.print(Text(without, "yellow"))
             return
         line = self._lines[event.client]
         match event:
@@ -88,6 +102,10 @@ class Screen:
             case ClientLost():
                 line.lost = event.reason
                 self._console.print(Text(f"lost in round {event.round}: {event.reason}", "red"))
+            case ClientBack():
+                line.lost = ""
+                line.begin()
+                self._console.print(Text(f"back in round {event.round}: {event.client}", "green"))
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)

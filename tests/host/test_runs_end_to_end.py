@@ -429,12 +429,26 @@ def test_a_fleet_goes_on_without_a_client_that_is_killed_in_a_round(
 
     checkpoint = killed.load()
     assert checkpoint.round == 3
-    assert differences(checkpoint.states["process"], alone.states["process"]) == []
+    held, before = checkpoint.states["process"], alone.states["process"]
+    if aggregate == "all":  # what it would get when it came back: the means of who is there
+        others = checkpoint.states["local"].weights
+        shared = {n: others[n] for n in before.weights if n in others}
+        assert moved(before.weights, held.weights) == set(shared)
+        assert moved(shared, {n: held.weights[n] for n in shared}) == set()
+        before = replace(before, weights=held.weights)
+    assert differences(held, before) == []
     assert checkpoint.states["local"].place.steps == 3 * STEPS
 
+    assert summary_of(killed)["took_part"] == [
+        {"round": 1, "clients": ["local", "process"]},
+        {"round": 2, "clients": ["local"], "missing": {"process": REASON}},
+        {"round": 3, "clients": ["local"], "missing": {"process": REASON}},
+    ]
+    assert "process took part in 1 of 3 rounds" in said.out
+    assert "round 3 is complete without process" in said.out
     process, local = summary_of(killed)["clients"]
     assert process["lost"] == REASON
-    assert 2 * 4 * 64 < process["bytes_up_per_sample"] < 550  # half a pass counts half
+    assert 2 * 4 * 64 < process["bytes_up_per_sample"] < 550  # of the pass that it finished
     assert "lost" not in local
     assert agree(killed)
 
@@ -669,7 +683,8 @@ def test_a_fleet_of_all_kinds_trains(name: str, everything: Run) -> None:
 
 def test_the_summary_says_of_each_client_what_the_readme_promises(everything: Run) -> None:
     summary = summary_of(everything)
-    assert set(summary) == {"wall_s", "rounds", "clients"}
+    assert set(summary) == {"wall_s", "rounds", "clients", "took_part"}
+    assert summary["took_part"] == [{"round": 1, "clients": sorted(KINDS)}]
     assert [c["name"] for c in summary["clients"]] == list(KINDS)
     shapes = {"stem": 4 * 64, "layer1": 4 * 64, "layer2": 8 * 16, "layer3": 16 * 4}
     for client in summary["clients"]:

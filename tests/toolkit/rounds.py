@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from splitee.client import Client, LocalClient, Part, Settings, State, Stepped
+from splitee.client import Client, LocalClient, Part, Place, Settings, State, Stepped
 from splitee.data import Images
-from splitee.errors import Timeout
+from splitee.errors import LinkClosed, Timeout
 from splitee.ops import Array
 from splitee.strategies import Averaging, Rate, Sequential
-from splitee.train import ClientDone, Event, RoundDone
+from splitee.train import ClientBack, ClientDone, ClientLost, Event, RoundDone
 from toolkit.networks import arrays, local_client, random_images, resnet, server_for
 
 SETTINGS = Settings(0.05, 0.9, 0.0, 0.5, 0.5)
@@ -24,12 +24,12 @@ REASON = "no answer within 2 s: is it powered?"
 
 
 def clients(
-    names: str = "abc", *, upto: bool = True, settings: Settings = SETTINGS
+    names: str = "abc", *, upto: bool = True, settings: Settings = SETTINGS, norm: str = "group"
 ) -> list[LocalClient]:
     """Clients with different cuts and shards, from the same weights."""
     return [
         local_client(
-            resnet(), CUTS[n], settings, random_images(SAMPLES[n], seed=ord(n)),
+            resnet(norm=norm), CUTS[n], settings, random_images(SAMPLES[n], seed=ord(n)),
             capacity=BATCH, upto=upto, name=n, seed=ord(n),
         )
         for n in names
@@ -37,23 +37,50 @@ def clients(
 
 
 def averaging(
-    members: Sequence[Client], *, aggregate: str = "all", period: int = 1, rate: Rate | None = None
+    members: Sequence[Client],
+    *,
+    aggregate: str = "all",
+    period: int = 1,
+    rate: Rate | None = None,
+    norm: str = "group",
+    settings: Settings = SETTINGS,
+    round_deadline: float | None = None,
 ) -> Averaging:
     """Averaging over clients; each has a replica from the same weights."""
-    servers = {c.name: server_for(resnet(), [c.cut], SETTINGS) for c in members}
+    servers = {c.name: server_for(resnet(norm=norm), [c.cut], settings) for c in members}
     return Averaging(
-        members, servers, SAMPLES, batch=BATCH, aggregate=aggregate, period=period, rate=rate
-    )
+        members, servers, SAMPLES, batch=BATCH, aggregate=aggregate, period=period, rate=rate,
+        states=states_of(members), round_deadline=round_deadline,
+    )  # fmt: skip
 
 
 def sequential(
-    members: Sequence[Client], *, aggregate: str = "all", period: int = 1, rate: Rate | None = None
+    members: Sequence[Client],
+    *,
+    aggregate: str = "all",
+    period: int = 1,
+    rate: Rate | None = None,
+    norm: str = "group",
+    settings: Settings = SETTINGS,
+    round_deadline: float | None = None,
 ) -> Sequential:
     """Sequential over clients at one server."""
-    server = server_for(resnet(), [CUTS[c.name] for c in members], SETTINGS)
+    server = server_for(resnet(norm=norm), [CUTS[c.name] for c in members], settings)
     return Sequential(
-        members, server, SAMPLES, batch=BATCH, aggregate=aggregate, period=period, rate=rate
-    )
+        members, server, SAMPLES, batch=BATCH, aggregate=aggregate, period=period, rate=rate,
+        states=states_of(members), round_deadline=round_deadline,
+    )  # fmt: skip
+
+
+STRATEGIES: dict[str, Callable[..., Averaging | Sequential]] = {
+    "averaging": averaging,
+    "sequential": sequential,
+}
+
+
+def states_of(members: Sequence[Client]) -> dict[str, State]:
+    """Where clients are; nothing happens before they say so."""
+    return {c.name: (c.inner if isinstance(c, Wrapped) else c).state() for c in members}
 
 
 def ends(events: Sequence[Event]) -> dict[str, ClientDone]:
@@ -82,23 +109,28 @@ class Wrapped:
     """A client that does something before it answers; all else is the client's."""
 
     def __init__(self, client: LocalClient, before: Callable[[str], None]) -> None:
-        self._client = client
+        self.inner = client
+        self.deadline: float | None = None
         self._before = before
         self.name, self.cut, self.capacity = client.name, client.cut, client.capacity
         self.settings, self.traffic = client.settings, client.traffic
 
     def _call(self, method: str, *arguments: Any) -> Any:
         self._before(method)
-        return getattr(self._client, method)(*arguments)
+        return getattr(self.inner, method)(*arguments)
 
     def start(self, state: State, images: Images) -> None:
         """Makes it this client."""
         self._call("start", state, images)
 
+    def rejoin(self, state: State, within: float) -> None:
+        """Comes back."""
+        self._call("rejoin", state, within)
+
     def move(self, cut: str, *, upto: bool) -> None:
         """Its new cut."""
         self._before("move")
-        self._client.move(cut, upto=upto)
+        self.inner.move(cut, upto=upto)
         self.cut = cut
 
     def set_rate(self, rate: float) -> None:
@@ -135,17 +167,19 @@ class Wrapped:
 
 
 class Failing:
-    """Raises Timeout at one call of a method."""
+    """Raises Timeout at one call of a method, and from then on at every call of any."""
 
     def __init__(self, method: str, call: int) -> None:
         self._method = method
         self._left = call
+        self._lost = False
 
     def __call__(self, method: str) -> None:
         if method == self._method:
             self._left -= 1
-            if self._left == 0:
-                raise Timeout(REASON)
+            self._lost |= self._left == 0
+        if self._lost:
+            raise Timeout(REASON)
 
 
 def mean_by_hand(owners: Mapping[str, Sequence[tuple[Array, int]]]) -> dict[str, Array]:
@@ -156,3 +190,58 @@ def mean_by_hand(owners: Mapping[str, Sequence[tuple[Array, int]]]) -> dict[str,
         )
         for name, copies in owners.items()
     }
+
+
+class Resetting:
+    """Is reset at some calls of a method: forgets all but its shard, and is back when it may be.
+
+    It is put back by ``rejoin`` alone; what else is asked of it before ends the test.
+    """
+
+    def __init__(self, method: str, *calls: int) -> None:
+        """calls: which calls of the method, the first has the number 1."""
+        self._method = method
+        self._calls = calls
+        self._count = 0
+        self._down = False
+        self.rejoined = 0
+
+    def wrap(self, client: LocalClient) -> Wrapped:
+        """The client, with this trouble."""
+        self._client = client
+        return Wrapped(client, self)
+
+    def __call__(self, method: str) -> None:
+        if method == "rejoin":
+            assert self._down
+            self._down, self.rejoined = False, self.rejoined + 1
+            return
+        assert not self._down, f"{method} of a device that was reset"
+        if method != self._method:
+            return
+        self._count += 1
+        if self._count in self._calls:
+            self._down = True
+            forget(self._client)
+            raise LinkClosed(REASON)
+
+
+def forget(client: LocalClient) -> None:
+    """What a reset leaves: noise for weights and momentum, no place, another rate."""
+    state = client.state()
+    noise = np.random.default_rng(1)
+    weights, momentum = (
+        {n: noise.normal(size=a.shape).astype(np.float32) for n, a in part.items()}
+        for part in (state.weights, state.momentum)
+    )
+    client.load_state(State(weights, momentum, Place(0, 0, steps=1)))
+    client.set_rate(7.0)
+
+
+def troubles(events: Sequence[Event]) -> list[tuple[str, str, int]]:
+    """Who was lost or came back, and in which round."""
+    return [
+        ("lost" if isinstance(e, ClientLost) else "back", e.client, e.round)
+        for e in events
+        if isinstance(e, ClientLost | ClientBack)
+    ]

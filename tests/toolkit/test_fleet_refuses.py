@@ -12,7 +12,7 @@ from splitee.fleet import read
 CLIENT = '[[client]]\nname = "one"\n'
 KEYS = {
     "": "name, seed, rounds, batch, strategy, gradient, exit_weight, aggregate, exits, period, "
-    "entropy, rejoin_within, model, data, optimizer, client",
+    "entropy, rejoin_within, round_deadline, model, data, optimizer, client",
     "model": "name, width, norm, batch_norm",
     "data": "name, samples",
     "optimizer": "learning_rate, schedule, step_every, step_factor, momentum, weight_decay, clip",

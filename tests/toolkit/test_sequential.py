@@ -111,12 +111,11 @@ def test_two_runs_are_the_same_bit_for_bit(aggregate: str) -> None:
     assert unequal(*results) == []
 
 
-def test_a_client_that_is_lost_mid_turn_leaves_whole_batches_only() -> None:
-    # b is lost in the backward pass of its third batch: the server has gradients of it by then
+def test_a_client_that_is_lost_mid_turn_leaves_no_trace() -> None:
+    # b is lost in the backward pass of its third batch: the server has learnt from two by then
     server = server_for(resnet(), list(CUTS.values()), SETTINGS)
-    a, b, c = clients()
+    a, _, c = clients()
     train_pass(a, server, 1, SAMPLES["a"], BATCH, lambda _: None)
-    train_pass(b, server, 1, 2 * BATCH, BATCH, lambda _: None)
     train_pass(c, server, 1, SAMPLES["c"], BATCH, lambda _: None)
 
     members = [Wrapped(c, Failing("backward", 3 if c.name == "b" else 0)) for c in clients()]
@@ -125,6 +124,7 @@ def test_a_client_that_is_lost_mid_turn_leaves_whole_batches_only() -> None:
     assert [e for e in events if isinstance(e, ClientLost)] == [ClientLost("b", 1, REASON)]
     assert list(ends(events)) == ["a", "c"]
     assert unequal(arrays(strategy.server("a").tensors()), arrays(server.tensors())) == []
+    assert unequal(arrays(strategy.server("a").momentum()), arrays(server.momentum())) == []
     assert unequal(last_states(events)["c"].weights, c.state().weights) == []
     assert set(ends(list(strategy.round(2)))) == {"a", "c"}
 
@@ -134,7 +134,8 @@ def test_a_lost_clients_layers_and_samples_count_in_no_mean() -> None:
     strategy = sequential(members)
     events = list(strategy.round(1))
     states = last_states(events)
-    assert set(states) == {"b", "c"}
+    assert isinstance(events[-1], RoundDone)
+    assert events[-1].clients == ["b", "c"]
     # with a (cut behind the stem) out, nobody trained the server's layer1: clients' copies count
     owners = {
         layer: [(ends(events)[n].state.weights[layer], SAMPLES[n]) for n in ("b", "c")]

@@ -16,7 +16,7 @@ STATE = State({}, {}, Place(samples=40, seed=0))
 
 def done(client: str, number: int, loss: float) -> ClientDone:
     """A client's pass."""
-    return ClientDone(client, number, 40, loss, 0.5, loss / 2, 1.25, 4000, 80, STATE)
+    return ClientDone(client, number, 40, loss, 0.5, loss / 2, 1.25, 4000, 80, 3900, STATE)
 
 
 def test_metrics_are_an_object_a_line_and_leave_states_out(run: Run) -> None:
@@ -29,7 +29,7 @@ def test_metrics_are_an_object_a_line_and_leave_states_out(run: Run) -> None:
     assert lines == [
         {"event": "ClientDone", "client": "a", "round": 1, "samples": 40, "exit_loss": 2.0,
          "exit_accuracy": 0.5, "server_loss": 1.0, "seconds": 1.25, "bytes_up": 4000,
-         "bytes_down": 80},
+         "bytes_down": 80, "activations_up": 3900},
         {"event": "RoundDone", "round": 1, "clients": ["a", "b"]},
     ]  # fmt: skip
 
@@ -39,7 +39,7 @@ def test_a_round_is_logged_when_it_is_complete_with_its_clients_by_name(run: Run
     run.log(done("c", 1, 2.0))
     run.log(done("a", 1, 2.0))
     assert not run.metrics_file.exists()
-    run.log(RoundDone(1, {"a": STATE, "c": STATE}))
+    run.log(RoundDone(1, {"a": STATE, "b": STATE, "c": STATE}, {"b": "no answer"}))
     run.log(done("a", 2, 2.0))
     found = [(r["event"], r.get("client"), r.get("reason")) for r in run.metrics()]
     assert found == [
@@ -61,11 +61,16 @@ def summary(name: str, lost: str | None = None) -> ClientSummary:
 
 def test_the_summary_has_a_row_for_each_client_with_the_fields_of_its_class(run: Run) -> None:
     run.log(done("a", 1, 2.0))
-    run.log(RoundDone(1, {"a": STATE}))
-    run.finish(12.5, 3, [summary("a"), summary("b", lost="no answer")])
+    run.log(RoundDone(1, {"a": STATE, "b": STATE}))
+    run.log(RoundDone(2, {"a": STATE, "b": STATE}, {"b": "no answer"}))
+    run.finish(12.5, [summary("a"), summary("b", lost="no answer")])
     written = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
-    assert list(written) == ["wall_s", "rounds", "clients"]
-    assert (written["wall_s"], written["rounds"]) == (12.5, 3)
+    assert list(written) == ["wall_s", "rounds", "clients", "took_part"]
+    assert (written["wall_s"], written["rounds"]) == (12.5, 2)
+    assert written["took_part"] == [
+        {"round": 1, "clients": ["a", "b"]},
+        {"round": 2, "clients": ["a"], "missing": {"b": "no answer"}},
+    ]
     names = [f.name for f in fields(ClientSummary)]
     assert [list(row) for row in written["clients"]] == [names[:-2], names]
     assert written["clients"][1] == {
@@ -84,7 +89,7 @@ def test_the_summarys_picture_shows_every_clients_curve(run: Run) -> None:
         run.log(RoundDone(number, {"a": STATE, "b": STATE}))
     pictures = []
     for names in ("ab", "a"):
-        run.finish(12.5, 3, [summary(n) for n in names])
+        run.finish(12.5, [summary(n) for n in names])
         path = run.folder / "summary.png"
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         pictures.append(image.imread(path))

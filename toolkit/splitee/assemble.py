@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -289,15 +289,34 @@ class Assembly:
         client.move(member.cut.name, upto=member.upto)
         return client
 
-    def strategy(self, clients: Sequence[Client], device: str = "cpu") -> Averaging | Sequential:
-        """The fleet's strategy over clients (a subset of the fleet's, in its order)."""
+    def strategy(
+        self,
+        clients: Sequence[Client],
+        device: str = "cpu",
+        *,
+        states: Mapping[str, State] | None = None,
+    ) -> Averaging | Sequential:
+        """The fleet's strategy over clients (a subset of the fleet's, in its order).
+
+        states: where they are, by name; None: where they start.
+        """
         samples = {c.name: len(self._shards[c.name]) for c in clients}
-        batch, aggregate, period = self.fleet.batch, self.fleet.aggregate, self.fleet.period
-        rate = self.fleet.rate
-        if self.fleet.strategy == "sequential":
+        if states is None:
+            states = {m.name: m.state for m in self.members if m.name in samples}
+        fleet = self.fleet
+        if fleet.strategy == "sequential":
             server = self._server([m.cut for m in self.members], device, "the server")
             return Sequential(
-                clients, server, samples, batch=batch, aggregate=aggregate, period=period, rate=rate
+                clients,
+                server,
+                samples,
+                batch=fleet.batch,
+                aggregate=fleet.aggregate,
+                period=fleet.period,
+                rate=fleet.rate,
+                states=states,
+                rejoin_within=fleet.rejoin_within,
+                round_deadline=fleet.round_deadline,
             )
         cuts = {m.name: m.cut for m in self.members}
         servers = {
@@ -305,7 +324,16 @@ class Assembly:
             for c in clients
         }
         return Averaging(
-            clients, servers, samples, batch=batch, aggregate=aggregate, period=period, rate=rate
+            clients,
+            servers,
+            samples,
+            batch=fleet.batch,
+            aggregate=fleet.aggregate,
+            period=fleet.period,
+            rate=fleet.rate,
+            states=states,
+            rejoin_within=fleet.rejoin_within,
+            round_deadline=fleet.round_deadline,
         )
 
     def _server(self, cuts: Sequence[Cut], device: str, name: str) -> Server:

@@ -103,9 +103,19 @@ class Client(Protocol):
     capacity: int  # samples that it holds at once
     settings: Settings
     traffic: Traffic
+    # time.monotonic() at which its pass of a round must be over: a request that waits then raises
+    # Late; None: it may take as long as it does
+    deadline: float | None
 
     def start(self, state: State, images: Images) -> None:
         """Makes it this client: sends what it lacks of the shard, then the state."""
+
+    def rejoin(self, state: State, within: float) -> None:
+        """Comes back after a LinkError, in exactly this state; the shard is that of ``start``.
+
+        Raises LinkError when it is not back within so many seconds. Settings are no part of a
+        state: give it the rate of the round again.
+        """
 
     def move(self, cut: str, *, upto: bool) -> None:
         """Ends at another of the cuts that it was built with, from the next batch on.
@@ -193,6 +203,7 @@ class LocalClient:
         self.cut = segment.cut.name
         self.capacity = capacity
         self.traffic = Traffic()
+        self.deadline: float | None = None
         self.segment = segment.to(device).train()  # up to the cut
         self.device = device
         self._whole = self.segment
@@ -233,6 +244,10 @@ class LocalClient:
         self._images = images
         self.load_state(state)
 
+    def rejoin(self, state: State, within: float) -> None:
+        """Is in this state at once: it cannot be lost."""
+        self.load_state(state)
+
     def move(self, cut: str, *, upto: bool) -> None:
         """Ends at another cut; see ``Client.move``."""
         held = [self._pass, *(p.grad for p in self._parameters(every=True).values())]
@@ -252,7 +267,8 @@ class LocalClient:
         if state.place.steps == 0:
             self._optimizer.state.clear()
         self.load_weights(state.weights)
-        self.load_momentum(state.momentum)
+        if state.place.steps:
+            self.load_momentum(state.momentum)
         self.place = state.place
         self._order = draw_order(state.place.samples, state.place.seed, state.place.epoch)
 

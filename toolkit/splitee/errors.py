@@ -11,6 +11,7 @@ SpliteeError
 ├── NotFinite           a gradient or a loss is infinite or no number: the step was not taken
 └── LinkError           a device cannot be reached
     ├── Timeout         no answer in time
+    ├── Late            its pass of the round was not over at the deadline
     ├── LinkClosed      the other end is gone
     ├── Mismatch        the device runs another firmware than this host expects
     └── DeviceRefused   the device refused a request
@@ -93,7 +94,7 @@ class Timeout(LinkError):
 
 
 class Late(LinkError):
-    """The round was over before the client's pass was."""
+    """Its pass of the round was not over at the deadline."""
 
 
 class SessionLost(LinkError):

@@ -108,7 +108,10 @@ class Fleet(_Table):
     # auto: clients with a key are spoken to under it, and one behind a network must have one; none:
     # without keys, wherever they are
     auth: Literal["auto", "none"] = "auto"
-    rejoin_within: Annotated[float, Field(gt=0)] = 30.0  # seconds of silence; then a client is out
+    rejoin_within: Annotated[float, Field(gt=0)] = 30.0  # seconds that a lost client is waited for
+    # seconds that a client has for its pass of a round, in sequential from the beginning of its
+    # turn on; then the round goes on without it; None: any
+    round_deadline: Annotated[float, Field(gt=0)] | None = None
     model: ModelTable = ModelTable()
     data: DataTable = DataTable()
     optimizer: OptimizerTable = OptimizerTable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as pack
+from torch import Tensor
 
 from splitee.client import Place, State
 from splitee.errors import CheckpointError
 from splitee.ops import Array
 from splitee.server import Server
-from splitee.train import BatchDone, ClientDone, ClientLost, Event, RoundDone
+from splitee.train import BatchDone, ClientBack, ClientDone, ClientLost, Event, RoundDone
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ClientSummary:
     ms_per_sample: float  # training, waiting included
     exit_accuracy: float
     server_accuracy: float
-    lost: str | None = None  # why it did not finish
+    lost: str | None = None  # why it was not there at the end
     memory: dict[str, int | bool | None] | None = None  # that its firmware takes, by part
 
 
@@ -80,16 +82,32 @@ class Run:
         """Makes the folder, in place of an earlier run of the same name."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for old in ("metrics.jsonl", "checkpoint.safetensors", "summary.json", "summary.png"):
-                (self.folder / old).unlink(missing_ok=True)
-            self.fleet_file.write_text(fleet_text, encoding="utf-8")
-            self._began = time.perf_counter()
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._unwritable(error, self.folder) from error
+        # the checkpoint first: a fleet file and a checkpoint that are there belong together
+        self._forget("checkpoint.safetensors", "metrics.jsonl", "summary.json", "summary.png")
+        self._replace(self.fleet_file, fleet_text.encode())
+        self._began = time.perf_counter()
 
-    def _unwritable(self, error: OSError) -> CheckpointError:
+    def resume(self, complete: int) -> None:
+        """Goes on behind a complete round (0: none): what was noted of later ones is dropped."""
+        kept = [r for r in self.metrics() if r["round"] <= complete]
+        self._replace(self.metrics_file, b"".join(_line(r) for r in kept))
+        self._forget("summary.json", "summary.png")
+        self._began = time.perf_counter() - self.seconds()
+
+    def _forget(self, *names: str) -> None:
+        """Removes files, and what a process that was killed has left of them."""
+        try:
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
+                (self.folder / f"{name}.new").unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritable(error, self.folder) from error
+
+    def _unwritable(self, error: OSError, path: Path) -> CheckpointError:
         return CheckpointError(
-            f"{error.filename or self.folder}: {error.strerror}: free some space or choose a "
+            f"{error.filename or path}: {error.strerror}: free some space or choose a "
             "folder that you may write to; what was saved before is untouched"
         )
 
@@ -102,10 +120,12 @@ class Run:
         if isinstance(event, BatchDone):
             return
         record: dict[str, Any] = {"event": type(event).__name__}
-        if isinstance(event, ClientDone | ClientLost):
+        if isinstance(event, ClientDone | ClientLost | ClientBack):
             record |= {k: v for k, v in vars(event).items() if k != "state"}
         else:
-            record |= {"round": event.round, "clients": sorted(event.states)}
+            record |= {"round": event.round, "clients": sorted(event.clients)}
+            if event.missing:
+                record["missing"] = dict(event.missing)
         record["at_seconds"] = round(time.perf_counter() - self._began, 3)
         self._round.append(record)
         if not isinstance(event, RoundDone):
@@ -114,10 +134,11 @@ class Run:
             key=lambda r: r.get("client", "~")
         )  # no name begins with ~: the round last
         try:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in self._round)
+            with self.metrics_file.open("ab") as file:
+                file.write(b"".join(_line(record) for record in self._round))
+                _onto_disk(file.fileno())  # before the checkpoint of the round is
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._unwritable(error, self.metrics_file) from error
         self._round.clear()
 
     def save(self, number: int, states: Mapping[str, State], servers: Mapping[str, Server]) -> None:
@@ -137,18 +158,23 @@ class Run:
         self._replace(self.checkpoint_file, content)
 
     def _replace(self, path: Path, content: bytes) -> None:
-        """Writes a file whole or not at all."""
+        """Writes a file whole or not at all, also where the power fails."""
         temporary = path.with_name(path.name + ".new")
         try:
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                _onto_disk(file.fileno())
             temporary.replace(path)
+            folder = os.open(self.folder, os.O_RDONLY)
+            try:
+                _onto_disk(folder)  # its new name, too
+            finally:
+                os.close(folder)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise self._unwritable(error) from error
+            raise self._unwritable(error, temporary) from error
 
     def load(self) -> Checkpoint:
         """The last complete round. Raises CheckpointError when there is none to read."""
@@ -177,16 +203,33 @@ class Run:
         )
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of all complete rounds."""
+        """The records of all complete rounds; a line that was cut short ends them."""
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        records = []
+        for line in self.metrics_file.read_bytes().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
 
-    def finish(self, seconds: float, rounds: int, clients: list[ClientSummary]) -> None:
-        """Writes summary.json and summary.png."""
+    def seconds(self) -> float:
+        """How long training took up to the end of the last round that is noted."""
+        return max((float(r["at_seconds"]) for r in self.metrics()), default=0.0)
+
+    def took_part(self) -> list[dict[str, Any]]:
+        """Of every complete round who took part, and who did not and why."""
+        rounds = [r for r in self.metrics() if r["event"] == "RoundDone"]
+        return [{k: r[k] for k in ("round", "clients", "missing") if k in r} for r in rounds]
+
+    def finish(self, seconds: float, clients: list[ClientSummary]) -> None:
+        """Writes summary.json and summary.png. seconds: of the whole run."""
         rows = [{k: v for k, v in asdict(c).items() if v is not None} for c in clients]
-        summary = {"wall_s": seconds, "rounds": rounds, "clients": rows}
+        rounds = self.took_part()
+        summary = {
+            "wall_s": seconds, "rounds": len(rounds), "clients": rows, "took_part": rounds
+        }  # fmt: skip
         self._replace(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         self._draw(clients)
 
@@ -234,3 +277,38 @@ class Run:
         axis.set_title("accuracy on test images at the end, %")
         axis.set_axisbelow(True)
         axis.grid(alpha=0.3, axis="y")
+
+
+def check(
+    found: Mapping[str, Mapping[str, Array]],
+    expected: Mapping[str, Mapping[str, Array | Tensor]],
+) -> None:
+    """Raises CheckpointError unless tensors by owner, from a checkpoint, are those of a fleet."""
+    cure = "take the fleet file that it was trained with"
+    if set(found) != set(expected):
+        raise CheckpointError(
+            f"the checkpoint is of {', '.join(sorted(found)) or 'nobody'}, the fleet file asks "
+            f"for {', '.join(sorted(expected))}: {cure}"
+        )
+    for owner, tensors in expected.items():
+        mine = {n: a.shape for n, a in found[owner].items()}
+        theirs = {n: tuple(t.shape) for n, t in tensors.items()}
+        wrong = [n for n in sorted({*mine, *theirs}) if mine.get(n) != theirs.get(n)]
+        if wrong:
+            raise CheckpointError(
+                f"the checkpoint's {owner} has other layers than the fleet file asks for "
+                f"({wrong[0]}): {cure}"
+            )
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _onto_disk(file: int) -> None:
+    """Waits until a file, or a folder's names, are where a loss of power leaves them."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            raise

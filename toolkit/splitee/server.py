@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,14 @@ from torch import Tensor
 from splitee import step
 from splitee.client import Settings
 from splitee.model import Tail
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a server has learnt at one moment, bit for bit."""
+
+    tensors: Mapping[str, Tensor]
+    momentum: Mapping[str, Tensor]
 
 
 class Server:
@@ -99,3 +108,22 @@ class Server:
             if state and state.get("momentum_buffer") is not None:
                 found[name] = state["momentum_buffer"]
         return found
+
+    def load_momentum(self, momentum: Mapping[str, Tensor]) -> None:
+        """Replaces the optimiser's velocity; parameters that are not named begin anew."""
+        for name, parameter in self.tensors().items():
+            self._optimizer.state.pop(parameter, None)
+            if name in momentum:
+                buffer = momentum[name].to(self.device, copy=True)
+                self._optimizer.state[parameter]["momentum_buffer"] = buffer
+
+    def snapshot(self) -> Snapshot:
+        """What it has learnt so far; it has to be between two batches."""
+        tensors = {n: t.detach().clone() for n, t in self.tensors().items()}
+        return Snapshot(tensors, {n: v.clone() for n, v in self.momentum().items()})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot, from wherever it is."""
+        self.discard()
+        self.load(snapshot.tensors)
+        self.load_momentum(snapshot.momentum)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from splitee.client import Client, State
 from splitee.data import Images
-from splitee.errors import NotFinite
+from splitee.errors import Late, NotFinite
 from splitee.exits import entropy
 from splitee.ops import Array
 from splitee.server import Server
@@ -33,7 +33,7 @@ class BatchDone:
 
 @dataclass(frozen=True)
 class ClientDone:
-    """One client's pass of a round."""
+    """One client's pass of a round. Of what was replayed, only the bytes count."""
 
     client: str
     round: int
@@ -44,12 +44,13 @@ class ClientDone:
     seconds: float
     bytes_up: int
     bytes_down: int
+    activations_up: int  # the share of bytes_up that its batches sent, without what was replayed
     state: State
 
 
 @dataclass(frozen=True)
 class ClientLost:
-    """A client that did not finish its pass; the round goes on without it."""
+    """A client that was lost, or late, and is away: the round goes on without it."""
 
     client: str
     round: int
@@ -57,26 +58,43 @@ class ClientLost:
 
 
 @dataclass(frozen=True)
+class ClientBack:
+    """A client that was lost and is back. Batches of a pass that it had not finished are undone."""
+
+    client: str
+    round: int
+    reason: str  # why it was lost
+
+
+@dataclass(frozen=True)
 class RoundDone:
-    """A complete round, after aggregation. states: what each client holds now."""
+    """A complete round, after aggregation."""
 
     round: int
-    states: dict[str, State]
+    states: dict[str, State]  # of every client: what it holds now, or will when it is back
+    missing: Mapping[str, str] = field(default_factory=dict)  # who took no part, and why
+
+    @property
+    def clients(self) -> list[str]:
+        """Those whose passes count."""
+        return [name for name in self.states if name not in self.missing]
 
 
-Event = BatchDone | ClientDone | ClientLost | RoundDone
+Event = BatchDone | ClientDone | ClientLost | ClientBack | RoundDone
 
 
 class Strategy(Protocol):
     """How clients and server learn together."""
 
-    clients: list[Client]  # those that take part, in the fleet file's order
+    @property
+    def clients(self) -> Sequence[Client]:
+        """Those that are not away, in the fleet file's order."""
 
     def server(self, client: str) -> Server:
         """The server network that completes this client's."""
 
     def round(self, number: int) -> Iterator[Event]:
-        """One round; ends with a RoundDone."""
+        """One round; ends with a RoundDone, unless every client was lost in it."""
 
 
 def train_batch(client: Client, server: Server, batch: int) -> BatchDone:
@@ -116,12 +134,21 @@ def train_pass(
     batch: int,
     emit: Callable[[Event], None],
 ) -> ClientDone:
-    """A client's whole pass of a round: its samples once, in batches; the last may be smaller."""
+    """A client's whole pass of a round: its samples once, in batches; the last may be smaller.
+
+    Raises LinkError when the client is lost, Late when its deadline comes first.
+    """
     began = time.perf_counter()
-    up, down = client.traffic.up, client.traffic.down
+    before = replace(client.traffic)
     exit_loss = server_loss = 0.0
     correct = 0
     for start in range(0, samples, batch):
+        if client.deadline is not None and time.monotonic() >= client.deadline:
+            raise Late(
+                f'client "{client.name}": {start} of {samples} samples were done at the deadline: '
+                "give it a smaller share or a shallower cut, or the round more time "
+                "(round_deadline)"
+            )
         done = train_batch(client, server, min(batch, samples - start))
         exit_loss += done.exit_loss * done.samples
         server_loss += done.server_loss * done.samples
@@ -136,14 +163,15 @@ def train_pass(
         exit_accuracy=correct / samples,
         server_loss=server_loss / samples,
         seconds=time.perf_counter() - began,
-        bytes_up=client.traffic.up - up,
-        bytes_down=client.traffic.down - down,
+        bytes_up=client.traffic.up - before.up,
+        bytes_down=client.traffic.down - before.down,
+        activations_up=client.traffic.activations_up - before.activations_up,
         state=state,
     )
 
 
 def fit(strategy: Strategy, rounds: int, first: int = 1) -> Iterator[Event]:
-    """Trains for rounds first..rounds, or until no client is left."""
+    """Trains for rounds first..rounds, or until every client is lost."""
     for number in range(first, rounds + 1):
         yield from strategy.round(number)
         if not strategy.clients:
