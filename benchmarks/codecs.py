@@ -1,10 +1,12 @@
-"""What each codec sends, against raw images, and what is learnt through it, as JSON.
+"""What each way of sending takes, against raw images, and what is learnt through it, as JSON.
 
 .venv/bin/python benchmarks/codecs.py > benchmarks/results/codecs.json
 
 Three clients in torch, whose trunks learn from both their exits and the server, so that activations
 and gradients both go through the codec; each row has the same rounds, seeds, data order and initial
-weights. Beside them the same network trained on uploaded images, in one place, for as many epochs.
+weights. A bottleneck sends a third of the channels, or half of them and every second pixel; with
+"unsure", samples go up that their exit is unsure of, and bytes are those of a mean sample. Beside
+them the same network trained on uploaded images, in one place, for as many epochs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,34 @@ from splitee_host.boards import load_boards, look_up
 ROOT = Path(__file__).parents[1]
 CUTS = ("layer1", "layer2", "layer3")
 ROUNDS, BATCH, RATE, MOMENTUM, WIDTH, TOP_K = 6, 16, 0.04, 0.9, 6, 0.1
+ENTROPY = 0.5
 
 
-def fleet(codec: Kind, seed: int) -> Fleet:
-    """The fleet whose every client has this codec, each way."""
-    coded = {"codec": codec, "gradient_codec": codec, "top_k": TOP_K}
+def ways() -> dict[str, dict[str, dict[str, Any]]]:
+    """What is compared: the keys of each cut's client, by title."""
+    channels = {cut: WIDTH << i for i, cut in enumerate(CUTS)}
+    third = {cut: {"bottleneck": n // 3} for cut, n in channels.items()}
+    half = {cut: {"bottleneck": n // 2, "bottleneck_stride": 2} for cut, n in channels.items()}
+    unsure = {cut: {"send": "unsure"} for cut in CUTS}
+    found: dict[str, dict[str, dict[str, Any]]]
+    found = {kind: {cut: coded(kind) for cut in CUTS} for kind in KINDS}
+    for title, tables in (
+        ("bottleneck 1/3", third),
+        ("bottleneck 1/2, stride 2", half),
+        ("unsure", unsure),
+    ):
+        found[title] = tables
+        found[f"{title}, int8"] = {cut: keys | coded("int8") for cut, keys in tables.items()}
+    return found
+
+
+def coded(kind: Kind) -> dict[str, Any]:
+    """The keys of a client with this codec each way."""
+    return {"codec": kind, "gradient_codec": kind, "top_k": TOP_K}
+
+
+def fleet(tables: dict[str, dict[str, Any]], seed: int) -> Fleet:
+    """The fleet with these clients."""
     return Fleet.model_validate(
         {
             "name": "codecs",
@@ -46,17 +72,18 @@ def fleet(codec: Kind, seed: int) -> Fleet:
             "gradient": "both",
             "aggregate": "all",
             "exits": "upto",
+            "entropy": ENTROPY,
             "model": {"name": "resnet8", "width": WIDTH, "norm": "group"},
             "optimizer": {"learning_rate": RATE, "momentum": MOMENTUM},
-            "client": [{"name": cut, "cut": cut, **coded} for cut in CUTS],
+            "client": [{"name": cut, "cut": cut, **keys} for cut, keys in tables.items()],
         }
     )
 
 
-def assemble(codec: Kind, seed: int) -> Assembly:
+def assemble(tables: dict[str, dict[str, Any]], seed: int) -> Assembly:
     """Its networks and shards."""
     known = load_boards()
-    return Assembly(fleet(codec, seed), lambda name: look_up(known, name).for_assembly)
+    return Assembly(fleet(tables, seed), lambda name: look_up(known, name).for_assembly)
 
 
 def raw_bytes(assembly: Assembly) -> int:
@@ -64,24 +91,39 @@ def raw_bytes(assembly: Assembly) -> int:
     return 1 + int(np.prod(assembly.dataset.shape))
 
 
-def split(codec: Kind, seed: int) -> tuple[Assembly, float, float]:
-    """A whole run: the assembly, and the mean accuracies of the exits and of the servers."""
-    assembly = assemble(codec, seed)
+@dataclass(frozen=True)
+class Split:
+    """A whole run: mean accuracies over its clients, and a sample's bytes up."""
+
+    exits: float
+    servers: float
+    together: float  # the exit answers where it is sure, the server otherwise
+    bytes_up: dict[str, float]  # by cut; frames aside
+
+
+def split(tables: dict[str, dict[str, Any]], seed: int) -> Split:
+    """A fleet with these clients, trained and tested."""
+    assembly = assemble(tables, seed)
     clients = [assembly.local(m) for m in assembly.members]
     for client, member in zip(clients, assembly.members, strict=True):
         client.start(member.state, member.images)
     strategy = assembly.strategy(clients)
     for _ in fit(strategy, ROUNDS):
         pass
+    trained = {m.name: ROUNDS * len(m.images) for m in assembly.members}
     test = assembly.dataset.test
     answers = [evaluate(c, strategy.server(c.name), test) for c in clients]
-    exits = statistics.mean(a.exit_accuracy for a in answers)
-    return assembly, exits, statistics.mean(a.server_accuracy for a in answers)
+    return Split(
+        statistics.mean(a.exit_accuracy for a in answers),
+        statistics.mean(a.server_accuracy for a in answers),
+        statistics.mean(a.early(ENTROPY)[1] for a in answers),
+        {c.cut: c.traffic.activations_up / trained[c.name] for c in clients},
+    )
 
 
 def central(seed: int) -> float:
     """The accuracy of the whole network, trained in one place on uploaded images."""
-    data = assemble("float32", seed).dataset
+    data = assemble(ways()["float32"], seed).dataset
     torch.manual_seed(seed)
     model = zoo.build(
         "resnet8", width=WIDTH, norm="group", classes=data.classes, channels=data.shape[0]
@@ -103,23 +145,24 @@ def central(seed: int) -> float:
     return float(np.mean(found == data.test.y))
 
 
-def row(codec: Kind, seeds: list[int]) -> dict[str, Any]:
-    """One codec, over all seeds. Bytes are those of a sample with its label, frames aside."""
-    runs = [split(codec, seed) for seed in seeds]
-    assembly = runs[0][0]
-    raw = raw_bytes(assembly)
-    sent = {m.cut.name: m.build.bytes_up_per_sample(m.table.coding) for m in assembly.members}
+def row(title: str, seeds: list[int]) -> dict[str, Any]:
+    """One way of sending, over all seeds. Bytes are those of a sample with its label."""
+    tables = ways()[title]
+    runs = [split(tables, seed) for seed in seeds]
+    raw = raw_bytes(assemble(tables, seeds[0]))
+    sent = {cut: statistics.mean(run.bytes_up[cut] for run in runs) for cut in tables}
     return {
-        "codec": codec,
-        "bytes_up": sent,
+        "codec": title,
+        "bytes_up": {cut: round(size) for cut, size in sent.items()},
         "against_raw": {cut: round(size / raw, 2) for cut, size in sent.items()},
-        "exit_accuracy": [round(exits, 4) for _, exits, _ in runs],
-        "server_accuracy": [round(servers, 4) for _, _, servers in runs],
+        "exit_accuracy": [round(run.exits, 4) for run in runs],
+        "server_accuracy": [round(run.servers, 4) for run in runs],
+        "together_accuracy": [round(run.together, 4) for run in runs],
     }
 
 
 def main() -> None:
-    """Runs every codec with every seed and prints one JSON document."""
+    """Runs every way with every seed and prints one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
     seeds = parser.parse_args().seeds
@@ -127,14 +170,14 @@ def main() -> None:
     head = ["git", "rev-parse", "--short", "HEAD"]
     made = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = []
-    for codec in KINDS:
-        rows.append(row(codec, seeds))
+    for title in ways():
+        rows.append(row(title, seeds))
         print(rows[-1], file=sys.stderr)
     accuracy = [round(central(seed), 4) for seed in seeds]
-    raw = {"bytes_up": raw_bytes(assemble("float32", 0)), "accuracy": accuracy}
+    raw = {"bytes_up": raw_bytes(assemble(ways()["float32"], 0)), "accuracy": accuracy}
     print(json.dumps(
         {"commit": made.stdout.strip(), "rounds": ROUNDS, "seeds": seeds, "top_k": TOP_K,
-         "raw": raw, "rows": rows},
+         "entropy": ENTROPY, "raw": raw, "rows": rows},
         indent=1,
     ))  # fmt: skip
 

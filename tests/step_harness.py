@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from splitee import zoo
+from splitee.bottleneck import Bottleneck
 from splitee.capture import capture
 from splitee.client import LocalClient, Place, Settings, State
 from splitee.data import Images
@@ -128,8 +129,9 @@ def case(
     momentum: bool = True,
     moves: bool = False,
     levers: Levers = NO_LEVERS,
+    bottleneck: Bottleneck | None = None,
 ) -> Case:
-    """The first stages of a network, exits at every cut.
+    """The first stages of a network, exits at every cut, and a bottleneck at the last if given.
 
     kind: resnet8, resnet18 or resnet20, with "-batch" behind it for batch norms; pools, vgg or
     mobilenet. "-frozen" behind any of them freezes its batch norms.
@@ -139,7 +141,12 @@ def case(
     shape, classes = source.shape, source.classes
     network = Network(source.make(), shape)
     cuts = network.cuts[: source.depth]
-    segment = Segment(network, cuts[-1], {c.name: Exit(_image(c.shape), classes) for c in cuts})
+    exits = {c.name: Exit(_image(c.shape), classes) for c in cuts}
+    narrow = None
+    if bottleneck is not None:
+        narrow = bottleneck.narrow(cuts[-1].shape)
+        exits[cuts[-1].name] = Exit(bottleneck.shape(cuts[-1].shape), classes)
+    segment = Segment(network, cuts[-1], exits, narrow)
     if kind.endswith("-frozen"):
         freeze(segment)
     with torch.no_grad():  # norms that only scale by one and add zero would hide mistakes

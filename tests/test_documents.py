@@ -119,23 +119,27 @@ def test_the_memory_of_a_first_stage_is_what_was_measured() -> None:
     assert table == [[name, *sizes, again[name]] for name, sizes in measured.items()]
 
 
+ENDS = ("exit", "server", "together")
+
+
 def test_what_a_sample_sends_is_what_was_measured() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "codecs.json").read_text())
     measured = []
     for row in results["rows"]:
         sent = [f"{size:,}" for size in row["bytes_up"].values()]
         least, most = min(row["against_raw"].values()), max(row["against_raw"].values())
-        accuracies = [f"{mean(row[f'{end}_accuracy']):.1%}" for end in ("exit", "server")]
+        accuracies = [f"{mean(row[f'{end}_accuracy']):.1%}" for end in ENDS]
         measured.append([row["codec"], *sent, f"{least:.2f} to {most:.2f} x", *accuracies])
     raw = results["raw"]
     size = str(raw["bytes_up"])
-    measured.append(["raw images", size, size, size, "1", "-", f"{mean(raw['accuracy']):.1%}"])
+    measured.append(["raw images", size, size, size, "1", "-", f"{mean(raw['accuracy']):.1%}", "-"])
     assert rows(section(DESIGN, "What a sample sends")) == measured
 
 
 def test_the_codecs_of_that_table_are_all_there_are() -> None:
     coded = [cells[0] for cells in rows(section(DESIGN, "What a sample sends"))]
-    assert coded == [*KINDS, "raw images"]
+    ways = [way for way in coded if not way.startswith(("bottleneck ", "unsure"))]
+    assert ways == [*KINDS, "raw images"]
     assert set(KINDS) <= {word.strip('"') for word in code(section(README, "A fleet file"))}
 
 
@@ -150,7 +154,7 @@ def test_every_file_and_folder_exists_that_is_named_in(text: str) -> None:
         if re.fullmatch(r"[\w./-]+(\.(py|c|h|toml|md)|/)", name) and not name.startswith("runs/")
     }
     assert named
-    assert {name for name in named - {"segment.c"} if not found(name)} == set()
+    assert {name for name in named - {"segment.c", "fleet.keys.toml"} if not found(name)} == set()
 
 
 @pytest.mark.parametrize("text", [README, DESIGN], ids=["README.md", "DESIGN.md"])

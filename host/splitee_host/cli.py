@@ -178,12 +178,15 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
         chosen: tuple[Cut, Cut] | None = None
         with suppress(FitError):  # said below, once the table is there to look at
             chosen = assembly.choose(client)
-        moves = client.deepest is not None
+        moves, unsure = client.deepest is not None, client.send == "unsure"
+        narrow, coding = client.narrowing, client.coding
         single, every = (assembly.builds(client, moves=m) for m in (False, True))
         rows = []
         for i, cut in enumerate(assembly.cuts):
             build = every[i] if moves else single[i]
             forward, backward = single[i].graph.macs()
+            why = assembly.bottleneck_fault(client, cut)
+            why = why or (build.shortage(room) if room else None)
             rows.append(
                 {
                     "cut": cut.name,
@@ -202,9 +205,11 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
                     ),
                     "macs_forward": forward,
                     "macs_backward": backward,
-                    "bytes_up_per_sample": build.bytes_up_per_sample(client.coding),
-                    "fits": room is None or build.shortage(room) is None,
-                    "why": build.shortage(room) if room else None,
+                    "bytes_up_per_sample": build.bytes_up_per_sample(coding, unsure=unsure),
+                    "bytes_up_sure": build.bytes_up_sure if unsure else None,
+                    "bytes_up_wide": coding.up(cut.elements).size + 1 if narrow else None,
+                    "fits": why is None,
+                    "why": why,
                     "chosen": chosen is not None and cut == chosen[0],
                 }
             )
@@ -216,6 +221,7 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
                 "client": client.name,
                 "board": client.board,
                 "capacity": assembly.capacity(client),
+                "bottleneck": asdict(narrow) if narrow else None,
                 "deepest": chosen[1].name if chosen and moves else None,
                 "cuts": rows,
                 "levers": levers,
@@ -256,6 +262,8 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
         console.print(table)
         if entry["levers"]:
             console.print(_lever_table(entry))
+        for line in _sending(entry):
+            console.print(line, highlight=False)
         for row in entry["cuts"]:
             if row["why"]:
                 console.print(f"{row['number']} {row['cut']} {row['why']}", highlight=False)
@@ -268,6 +276,23 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
         )
     for client in assembly.fleet.client:
         assembly.member(client.name)  # raises what keeps the fleet from training
+
+
+def _sending(entry: dict[str, Any]) -> list[str]:
+    """What its bottleneck saves at a client's cut, and what a sample that is not sent on takes."""
+    lines = []
+    for row in (r for r in entry["cuts"] if r["chosen"]):
+        sent, sure, wide = (row[f"bytes_up_{k}"] for k in ("per_sample", "sure", "wide"))
+        coded = sent - (sure or 1) + 1  # activations and label
+        if narrow := entry["bottleneck"]:
+            saved = f"{1 - coded / wide:.0%} less" if coded < wide else "it saves nothing"
+            lines.append(
+                f"its bottleneck of {narrow['channels']} channels, stride {narrow['stride']}: "
+                f"{coded:,} bytes up a sample, {wide:,} without: {saved}"
+            )
+        if sure:
+            lines.append(f"a sample that its exit is sure of takes {sure:,} bytes up")
+    return lines
 
 
 def _lever_table(entry: dict[str, Any]) -> Table:

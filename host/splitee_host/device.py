@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splitee.client import Part, Place, Settings, State, Stepped
+from splitee.client import Part, Place, Settings, State, Stepped, spread, unsure_of
 from splitee.codec import PLAIN, Codec, Coding
 from splitee.data import Images
 from splitee.errors import DeviceRefused, LinkClosed, LinkError, Mismatch, NotFinite
@@ -29,6 +29,7 @@ Answer = TypeVar("Answer", bound=m.Message)
 Piece = m.Read | m.Write
 
 _PIECE = 64  # bytes of body that are worth a frame, however little a device keeps
+_ATTEMPT = 1.0  # seconds that a device gets to say hello again, however long it was silent
 _REOPEN = 0.2  # seconds between two tries to open a link again
 
 
@@ -49,6 +50,7 @@ class Device:
         settings: Settings,
         *,
         coding: Coding = PLAIN,
+        unsure: float | None = None,
         cut: str | None = None,
         upto: bool = True,
         key: bytes | None = None,
@@ -59,6 +61,8 @@ class Device:
     ) -> None:
         """coding: its codecs. key, session, patience: as for ``Exchange``.
 
+        unsure: normalised entropy of the exit at the cut, above which activations are fetched;
+        None: all are.
         cut and upto: where it begins; the deepest cut and every exit built in, by default.
         reopen: opens its link again when it broke; None: it stays broken. close: ends what was
         started for it.
@@ -71,6 +75,8 @@ class Device:
         self.traffic = self.exchange.traffic
         self.build = build
         self.coding = coding
+        self.unsure = unsure
+        self._sent: Tensor | None = None  # which samples of the last part were, where not all are
         self._put(cut or build.stages[-1].cut, upto)
         self._settings = settings
         self._reopen = reopen
@@ -281,7 +287,8 @@ class Device:
 
     def rejoin(self, state: State, within: float) -> None:
         """Comes back in that state; see ``splitee.client.Client.rejoin``."""
-        end = time.monotonic() + within
+        # it may have been silent for a while already
+        end = max(time.monotonic() + _ATTEMPT, self.exchange.heard + within)
         while True:
             try:
                 if self._broken:
@@ -334,22 +341,41 @@ class Device:
         return self.request(m.Stats(), m.Counters)
 
     def forward(self, count: int, batch: int) -> Part:
-        """Runs its next count samples forward and fetches their activations and labels."""
+        """Runs its next count samples forward and fetches their activations and labels.
+
+        Where only those are wanted that the exit is unsure of, its logits tell which these are.
+        """
         before = self.traffic.up
         labels = self.request(m.Forward(count, batch), m.Forwarded).labels
         if len(labels) != count or max(labels) >= self.graph.classes:
             raise Mismatch(f'client "{self.name}" sent labels {list(labels)} for {count} samples')
-        activations = self._activations(count)
+        self._sent, chosen = None, torch.ones(count, dtype=torch.bool)
+        if self.unsure is not None:
+            self._sent = chosen = unsure_of(self._logits(count), self.unsure)
+        activations = self._activations(chosen)
         self.traffic.activations_up += self.traffic.up - before
-        return Part(activations, torch.tensor(list(labels), dtype=torch.int64))
+        theirs = torch.tensor(list(labels), dtype=torch.int64)[chosen]
+        return Part(activations, theirs, count)
 
-    def _activations(self, count: int) -> Tensor:
-        """Those of the first count samples held, as they come through their codec."""
-        region = m.Region.CODED_ACTIVATIONS
+    def _activations(self, chosen: Tensor) -> Tensor:
+        """Those of the chosen of the samples held, as they come through their codec."""
+        region, size = m.Region.CODED_ACTIVATIONS, self._up.size
         if self._up.kind == "float32":
             region = m.Region.ACTIVATIONS
-        values = self._decoded(self._up, self.read(region, 0, count * self._up.size))
-        return torch.from_numpy(values.reshape(count, *self.graph.shapes[self.graph.cut]))
+        # where a run of neighbours begins, and where the next sample is not chosen any more
+        edges = np.flatnonzero(np.diff(chosen.numpy().astype(np.int8), prepend=0, append=0))
+        code = b"".join(
+            self.read(region, int(start) * size, int(stop - start) * size)
+            for start, stop in edges.reshape(-1, 2)
+        )
+        shape = (int(chosen.sum()), *self.graph.shapes[self.graph.cut])
+        values = self._decoded(self._up, code) if code else np.zeros(0, np.float32)
+        return torch.from_numpy(values.reshape(shape))
+
+    def _logits(self, count: int) -> Tensor:
+        """Those of the first count samples held, of the exit at the cut."""
+        values = self.floats(m.Region.LOGITS, count * self.graph.classes)
+        return torch.from_numpy(values.reshape(count, self.graph.classes))
 
     def _decoded(self, codec: Codec, code: bytes) -> Array:
         try:
@@ -362,6 +388,8 @@ class Device:
 
     def backward(self, gradient: Tensor | None) -> None:
         """Sends the server's gradient, where there is one, and runs the part backward."""
+        if self._sent is not None and self._settings.wants_gradient:
+            gradient = spread(gradient, self._sent, self.graph.shapes[self.graph.cut])
         if gradient is not None:
             plain = self._down.kind == "float32"
             region = m.Region.GRADIENT if plain else m.Region.CODED_GRADIENT
@@ -383,9 +411,8 @@ class Device:
         """Activations and logits of at most capacity uint8 images."""
         self.write(m.Region.INPUT, np.ascontiguousarray(images).tobytes())
         self.request(m.Infer(len(images)), m.Done)
-        activations = self._activations(len(images))
-        logits = self.floats(m.Region.LOGITS, len(images) * self.graph.classes)
-        return activations, torch.from_numpy(logits.reshape(len(images), self.graph.classes))
+        activations = self._activations(torch.ones(len(images), dtype=torch.bool))
+        return activations, self._logits(len(images))
 
     def gradients(self) -> dict[str, Array]:
         """Gradients of this batch so far, by parameter."""

@@ -63,6 +63,7 @@ class Exchange:
         self.who = who
         self.patience = patience
         self.deadline: float | None = None  # of time.monotonic(): what is asked then comes too late
+        self.heard = time.monotonic()  # when the last answer came
         self.traffic = Traffic()
         self.repeated = 0  # requests sent again
         self.bad = 0  # frames that came spoilt or forged
@@ -222,14 +223,14 @@ class _Asked:
 
     def answers(self) -> list[Frame]:
         x = self._x
-        heard = time.monotonic()
-        asked, silence = heard, _SILENCE  # whether it was reset
+        began = asked = time.monotonic()  # asked: whether it was reset
+        silence = _SILENCE
         while len(self._answers) < len(self._requests):
             self._send_what_fits()
             now = time.monotonic()
             if x.deadline is not None and now >= x.deadline:
                 raise Late(f"{x.who}: its round was over before its pass was")
-            if now >= heard + x.patience:
+            if now >= max(began, x.heard) + x.patience:
                 raise x._silent(type(self._requests[0]).__name__, x.patience)
             if now >= asked + silence and self._overdue(now):
                 # until it is in this session, another's hello may have taken the place of ours
@@ -237,7 +238,9 @@ class _Asked:
                     x._greet()
                 x._send_greeting()
                 asked, silence = now, 2 * silence
-            for frame in x._read(self._next(heard, asked + silence) - now):
+            for frame in x._read(
+                self._next(max(began, x.heard) + x.patience, asked + silence) - now
+            ):
                 if x._is_welcome(frame):
                     self._still_ours(frame)
                 elif (frame.session, frame.sequence) != (x._session, x._sequence & 0xFFFF):
@@ -245,7 +248,7 @@ class _Asked:
                 elif self._places and frame.code not in _MOVED:
                     return [frame]
                 elif self._take(frame):
-                    heard = asked = time.monotonic()
+                    x.heard = asked = time.monotonic()
                     silence = _SILENCE
             self._look_for_lost()
         return [self._answers[place] for place in range(len(self._requests))]
@@ -284,11 +287,11 @@ class _Asked:
     def _overdue(self, now: float) -> bool:
         return any(now >= self._due(sent) or sent.times > 1 for sent in self._under_way.values())
 
-    def _next(self, heard: float, ask: float) -> float:
+    def _next(self, end: float, ask: float) -> float:
         """When there is something to do, if nothing comes until then."""
         x = self._x
         times = [self._due(sent) for sent in self._under_way.values()]
-        times += [heard + x.patience, max(ask, min(times, default=ask))]
+        times += [end, max(ask, min(times, default=ask))]
         return min(times if x.deadline is None else [*times, x.deadline])
 
     def _take(self, frame: Frame) -> bool:

@@ -132,7 +132,13 @@ class Launcher:
             launched = self._process(member, board)
         else:
             launched = self._firmware(member, board)
-        launched.client.start(member.state, member.images)
+        client = launched.client
+        client.start(member.state, member.images)
+        if isinstance(client, Device) and self._key_of(member) and not client.welcome.fresh:
+            self._say(
+                f"{member.name}: {board.name} has no source of random bytes: once it was reset, what "
+                "somebody recorded of its sessions could be played to it"
+            )
         return launched
 
     def _local(self, member: Member, board: Board) -> Launched:
@@ -178,6 +184,7 @@ class Launcher:
             member.build,
             fleet.settings,
             coding=member.table.coding,
+            unsure=fleet.unsure(member.table),
             cut=member.cut.name,
             upto=member.upto,
             key=self._key_of(member),

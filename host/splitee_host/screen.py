@@ -37,6 +37,12 @@ class _Line:
         """Its pass begins, or begins again."""
         self.seen, self.began = 0, time.perf_counter()
 
+    def take(self, event: BatchDone | ClientDone) -> None:
+        """Notes losses; where nothing was sent, the server's stays what it was."""
+        self.exit_loss = event.exit_loss
+        if event.server_loss is not None:
+            self.server_loss = event.server_loss
+
 
 class Screen:
     """Shows events live on a terminal; where there is none, a line for each client and round."""
@@ -94,9 +100,9 @@ class Screen:
             case BatchDone():
                 line.seen += event.samples
                 line.rate = line.seen / (time.perf_counter() - line.began)
-                line.exit_loss, line.server_loss = event.exit_loss, event.server_loss
+                line.take(event)
             case ClientDone():
-                line.exit_loss, line.server_loss = event.exit_loss, event.server_loss
+                line.take(event)
                 if not self._console.is_terminal:
                     self._console.print(_plain(event), highlight=False)
             case ClientLost():
@@ -129,10 +135,11 @@ class Screen:
 
 
 def _plain(event: ClientDone) -> str:
+    server = "-" if event.server_loss is None else f"{event.server_loss:.3f}"
     return (
         f"round {event.round}  {event.client:<10} {event.samples / event.seconds:6.0f} samples/s  "
         f"up {kib(event.bytes_up)}  down {kib(event.bytes_down)}  "
-        f"exit loss {event.exit_loss:.3f}  server loss {event.server_loss:.3f}"
+        f"exit loss {event.exit_loss:.3f}  server loss {server}"
     )
 
 

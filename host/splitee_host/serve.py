@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from splitee.client import LocalClient, Part, Place, Settings, State
-from splitee.codec import KINDS, Codec, Kind
+from splitee.codec import KINDS, PLAIN, Codec, Kind
 from splitee.data import Images
 from splitee.errors import LinkClosed, NotFinite
 from splitee.ops import Array
@@ -69,6 +69,8 @@ class _Server:
     def __init__(self, client: LocalClient, build: Build, key: bytes | None) -> None:
         self._client = client
         self._client.discard()  # what an earlier host has left
+        self._client.coding = PLAIN  # what crosses the link is coded here
+        self._client.unsure = None  # the host chooses what it fetches
         self._build = build
         graph = build.graph
         self._shard = bytearray(build.samples_max * build.record_size)
@@ -294,6 +296,7 @@ class _Server:
             raise _Refusal(m.Error.BAD_LABEL, int(bad[0]))
         part = self._client.forward(count, batch)
         _put(self._activations, part.activations)
+        _put(self._logits, self._client.logits)
         self._part = part
         self._phase = 1
         return m.Forwarded(bytes(labels.tolist()))

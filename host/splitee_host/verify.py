@@ -162,13 +162,13 @@ def step_in_torch(
     tensors: dict[str, Tensor] = {}
     points = _Recorder(segment.trunk, tensors).run(x)
     returned = []
-    for name, head, point in zip(segment.exit_names, segment.exits, points, strict=True):
+    for prefix, head, point in zip(segment.exit_prefixes, segment.exits, points, strict=True):
         entered = y = point.detach().requires_grad_()
-        tensors[f"exits.{name}"] = entered
+        tensors[prefix] = entered
         for child_name, child in head.named_children():
             y = child(y)
             y.retain_grad()
-            tensors[f"exits.{name}.{child_name}"] = y
+            tensors[f"{prefix}.{child_name}"] = y
         loss = F.cross_entropy(y, labels)
         torch.autograd.backward(loss)
         assert entered.grad is not None

@@ -18,7 +18,7 @@ STATES = {"a": STATE, "b": STATE}
 
 def batch(client: str) -> BatchDone:
     """A batch of four samples."""
-    return BatchDone(client, 4, 1.0, 2, 1.0)
+    return BatchDone(client, 4, 4, 1.0, 2, 1.0)
 
 
 @pytest.fixture
@@ -74,6 +74,6 @@ def test_who_is_lost_misses_rounds_until_it_is_back(screen: Screen) -> None:
 
 
 def test_a_round_with_everyone_says_no_more_than_their_passes(screen: Screen) -> None:
-    done = ClientDone("a", 3, 8, 1.5, 0.5, 2.5, 0.5, 2048, 0, 2000, STATE)
+    done = ClientDone("a", 3, 8, 8, 1.5, 0.5, 2.5, 0.5, 2048, 0, 2000, STATE)
     (line,) = said(screen, done, RoundDone(3, STATES))
     assert line.startswith("round 3  a ")

@@ -275,7 +275,7 @@ class Replay:
         assert self.measured == Counter(measures), "statistics"
         assert self.followed == measures, "running statistics"
         cut, logits = self.graph.cut, self.graph.logits
-        assert self.sent == [(cut, logits), (cut,)], "what the host reads"
+        assert self.sent == [(cut, logits)] * 2, "what the host reads"
 
     def check(self, right: bool, what: str) -> None:
         assert right, f"step {self.number}, {what}: {self.step}"

@@ -114,6 +114,7 @@ class Wrapped:
         self._before = before
         self.name, self.cut, self.capacity = client.name, client.cut, client.capacity
         self.settings, self.traffic = client.settings, client.traffic
+        self.unsure = client.unsure
 
     def _call(self, method: str, *arguments: Any) -> Any:
         self._before(method)

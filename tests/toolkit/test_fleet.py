@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from splitee.bottleneck import Bottleneck
 from splitee.client import Settings
 from splitee.codec import PLAIN, Coding
 from splitee.fleet import Fleet, parse, read
@@ -56,6 +57,9 @@ recompute = 0.75
 fused_update = true
 local_only = true
 share = 0.5
+bottleneck = 3
+bottleneck_stride = 2
+send = "unsure"
 codec = "top-k"
 gradient_codec = "int8"
 top_k = 0.25
@@ -83,14 +87,18 @@ def test_a_good_file_says_what_it_says() -> None:
             {"name": "board", "board": "qemu-m4", "link": "serial:/dev/ttyACM0", "cut": "layer1",
              "deepest": "layer3", "capacity": 2, "relu_bits": True, "float16": True,
              "recompute": 0.75, "fused_update": True, "local_only": True, "share": 0.5,
+             "bottleneck": 3, "bottleneck_stride": 2, "send": "unsure",
              "codec": "top-k", "gradient_codec": "int8", "top_k": 0.25},
             {"name": "edge", "board": "torch", "link": None, "cut": 3, "deepest": None,
              "capacity": None, "relu_bits": False, "float16": False, "recompute": 0.0,
              "fused_update": False, "local_only": False, "share": 1.0,
+             "bottleneck": None, "bottleneck_stride": 1, "send": "all",
              "codec": "float32", "gradient_codec": "float32", "top_k": 0.1},
         ],
     }  # fmt: skip
     assert [c.coding for c in fleet.client] == [Coding("top-k", "int8", 0.25), PLAIN]
+    assert [c.narrowing for c in fleet.client] == [Bottleneck(3, 2), None]
+    assert [fleet.unsure(c) for c in fleet.client] == [0.4, None]
     assert fleet.settings == Settings(
         0.1, 0.0, 1e-4, exit_weight=0.25, server_weight=0.75, clip=2.0
     )

@@ -12,12 +12,13 @@ from splitee.fleet import read
 CLIENT = '[[client]]\nname = "one"\n'
 KEYS = {
     "": "name, seed, rounds, batch, strategy, gradient, exit_weight, aggregate, exits, period, "
-    "entropy, rejoin_within, round_deadline, model, data, optimizer, client",
+    "entropy, auth, rejoin_within, round_deadline, model, data, optimizer, client",
     "model": "name, width, norm, batch_norm",
     "data": "name, samples",
     "optimizer": "learning_rate, schedule, step_every, step_factor, momentum, weight_decay, clip",
     "client": "name, board, link, cut, deepest, capacity, relu_bits, float16, recompute, "
-    "fused_update, local_only, share, codec, gradient_codec, top_k",
+    "fused_update, local_only, share, bottleneck, bottleneck_stride, send, codec, gradient_codec, "
+    "top_k",
 }
 
 BAD = {
@@ -95,6 +96,17 @@ BAD = {
     "all-of-the-elements": (
         f'name = "x"\n{CLIENT}gradient_codec = "top-k"\ntop_k = 1\n',
         ["5: client[0].top_k: Input should be less than 1, not 1"],
+    ),
+    "no-channels": (
+        f'name = "x"\n{CLIENT}bottleneck = 0\nbottleneck_stride = 0\n',
+        [
+            "4: client[0].bottleneck: Input should be greater than or equal to 1, not 0",
+            "5: client[0].bottleneck_stride: Input should be greater than or equal to 1, not 0",
+        ],
+    ),
+    "nothing-sent": (
+        f'name = "x"\n{CLIENT}send = "none"\n',
+        ["4: client[0].send: Input should be 'all' or 'unsure', not 'none'"],
     ),
     "too-small": (
         f'name = "x"\n[model]\nwidth = 0\n{CLIENT}',

@@ -117,7 +117,7 @@ def test_a_small_residual_network_has_the_steps_that_pencil_and_paper_say() -> N
         "forward linear6: avg_pool5 -> =linear6",
         "send cut: add3 linear6 ->",
         "loss add3: linear6 -> =linear6:softmax",
-        "send cut: add3 ->",
+        "send cut: add3 linear6 ->",
         "weigh cut:  -> =d(add3)",
         "loss_backward add3: linear6:softmax -> 0d(linear6) +d(linear6)",
         "backward_weight linear6: avg_pool5 d(linear6) -> +gradients",
@@ -141,8 +141,9 @@ def test_with_levers_it_has_those_that_they_need() -> None:
     levers = Levers(relu_bits=True, fused_update=True, local_only=True)
     found = lines(schedule(residual(), 2, momentum=False, levers=levers))
     assert "forward relu1: conv2d0 -> =relu1 =relu1:bits | relu1 on conv2d0" in found
-    behind = found.index("send cut: add3 ->") + 1
-    assert found[behind:] == [
+    loss = found.index("loss add3: linear6 -> =linear6:softmax")
+    assert found[loss + 1 :] == [
+        "send cut: add3 linear6 ->",
         "loss_backward add3: linear6:softmax -> 0d(linear6) +d(linear6)",
         "backward_weight linear6: avg_pool5 d(linear6) -> 0linear6:gradients +linear6:gradients",
         "backward_input linear6: d(linear6) -> 0d(avg_pool5) +d(avg_pool5)",

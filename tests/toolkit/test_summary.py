@@ -16,20 +16,20 @@ STATE = State({}, {}, Place(samples=40, seed=0))
 
 def done(client: str, number: int, loss: float) -> ClientDone:
     """A client's pass."""
-    return ClientDone(client, number, 40, loss, 0.5, loss / 2, 1.25, 4000, 80, 3900, STATE)
+    return ClientDone(client, number, 40, 40, loss, 0.5, loss / 2, 1.25, 4000, 80, 3900, STATE)
 
 
 def test_metrics_are_an_object_a_line_and_leave_states_out(run: Run) -> None:
-    run.log(BatchDone("a", 4, 1.0, 2, 1.0))  # too many: curves are drawn by rounds
+    run.log(BatchDone("a", 4, 4, 1.0, 2, 1.0))  # too many: curves are drawn by rounds
     run.log(done("a", 1, 2.0))
     run.log(RoundDone(1, {"b": STATE, "a": STATE}))
     lines = [json.loads(line) for line in run.metrics_file.read_text(encoding="utf-8").splitlines()]
     assert lines == run.metrics()
     assert all(line.pop("at_seconds") >= 0 for line in lines)
     assert lines == [
-        {"event": "ClientDone", "client": "a", "round": 1, "samples": 40, "exit_loss": 2.0,
-         "exit_accuracy": 0.5, "server_loss": 1.0, "seconds": 1.25, "bytes_up": 4000,
-         "bytes_down": 80, "activations_up": 3900},
+        {"event": "ClientDone", "client": "a", "round": 1, "samples": 40, "sent": 40,
+         "exit_loss": 2.0, "exit_accuracy": 0.5, "server_loss": 1.0, "seconds": 1.25,
+         "bytes_up": 4000, "bytes_down": 80, "activations_up": 3900},
         {"event": "RoundDone", "round": 1, "clients": ["a", "b"]},
     ]  # fmt: skip
 

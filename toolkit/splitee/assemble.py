@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from splitee import data, zoo
+from splitee.bottleneck import Mirror
 from splitee.capture import capture
 from splitee.client import Client, LocalClient, Place, State
 from splitee.data import Dataset, Images
@@ -67,6 +68,15 @@ class Member:
         return State(weights, {}, Place(len(self.images), self.seed))
 
 
+@dataclass(frozen=True)
+class _OwnLayers:
+    """What is one client's alone where it has a bottleneck, with initial weights."""
+
+    narrow: nn.Conv2d
+    exit: Exit
+    mirror: Mirror
+
+
 class Assembly:
     """A fleet's networks and shards. Everything is drawn from the fleet's seed."""
 
@@ -104,16 +114,38 @@ class Assembly:
         firmware = any(board.firmware for board in self.boards.values())
         return norm if norm != "auto" else ("group" if firmware else "batch")
 
-    def _segment(self, cut: Cut, *, moves: bool) -> Segment:
+    def _segment(self, table: ClientTable, cut: Cut, *, moves: bool) -> Segment:
         """A client's own copy of the network up to a cut, with the exits that are built in."""
         network = Network(copy.deepcopy(self._model), self.dataset.shape)
         last = self.cuts.index(cut)
         first = 0 if moves or self.fleet.exits == "upto" else last
         exits = {c.name: copy.deepcopy(self._exits[c.name]) for c in self.cuts[first : last + 1]}
-        segment = Segment(network, cut, exits)
+        own = self._own_layers(table, cut)
+        if own is None:
+            segment = Segment(network, cut, exits)
+        else:
+            exits[cut.name] = own.exit
+            segment = Segment(network, cut, exits, own.narrow)
         if self.fleet.model.batch_norm == "frozen":
             freeze(segment)
         return segment
+
+    def _own_layers(self, table: ClientTable, cut: Cut) -> _OwnLayers | None:
+        """What a client with a bottleneck has for itself; the same whenever it is asked for."""
+        bottleneck = table.narrowing
+        if bottleneck is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed(table.name))
+            return _OwnLayers(
+                bottleneck.narrow(cut.shape),
+                Exit(bottleneck.shape(cut.shape), self.dataset.classes),
+                bottleneck.mirror(cut.shape),
+            )
+
+    def _seed(self, client: str) -> int:
+        index = [c.name for c in self.fleet.client].index(client)
+        return (self.fleet.seed * 4096 + index) & 0xFFFFFFFF  # 32 bits on a device
 
     def capacity(self, table: ClientTable) -> int:
         """Samples that a client holds at once."""
@@ -126,7 +158,7 @@ class Assembly:
         moves: with every cut up to it, and their exits, so that the client's can move.
         Raises FleetError where a setting of the fleet rules one of the client's levers out.
         """
-        return self._build(table, self._segment(cut, moves=moves), moves)
+        return self._build(table, self._segment(table, cut, moves=moves), moves)
 
     def _levers(self, table: ClientTable) -> Levers:
         """The client's levers, if the fleet allows them."""
@@ -194,10 +226,25 @@ class Assembly:
                 raise CutError(f'cut "{cut.name}" has no exit; clients take one of {listed}')
             return cut
         room = self.boards[table.name].room
-        fitting = deepest_that_fits(self.builds(table, moves=moves), room)
+        builds = [self.build(table, cut, moves=moves) for cut in self._narrowable(table)]
+        fitting = deepest_that_fits(builds, room)
         if fitting is None:
             raise FitError(self._no_fit(table, self.cuts[0]))
         return self._network.cut(fitting.stages[-1].cut)
+
+    def _narrowable(self, table: ClientTable) -> list[Cut]:
+        """The cuts at which a client's bottleneck, if it has one, can be: all or the shallower."""
+        return [c for c in self.cuts if self.bottleneck_fault(table, c) is None] or [self.cuts[0]]
+
+    def bottleneck_fault(self, table: ClientTable, cut: Cut) -> str | None:
+        """Why a client's bottleneck cannot be at a cut; None: it can, or there is none."""
+        _, height, width = cut.shape
+        if table.bottleneck and table.bottleneck_stride > min(height, width):
+            return (
+                f"bottleneck_stride = {table.bottleneck_stride}: the image at {cut.name} is "
+                f"{height}x{width}: take a smaller stride or a shallower cut"
+            )
+        return None
 
     def _no_fit(self, table: ClientTable, cut: Cut) -> str:
         room = self.boards[table.name].room
@@ -221,28 +268,51 @@ class Assembly:
         Raises CutError for a cut that does not exist and FitError for a segment that is larger
         than its board; the message names the cut that fits.
         """
-        index = [c.name for c in self.fleet.client].index(name)
-        table = self.fleet.client[index]
+        (table,) = (c for c in self.fleet.client if c.name == name)
+        self._check_sending(table)
         cut, deepest = self.choose(table)
         moves = table.deepest is not None
-        segment = self._segment(deepest, moves=moves)
+        if fault := self.bottleneck_fault(table, cut):
+            raise FleetError(f'client "{name}": {fault}')
+        segment = self._segment(table, deepest, moves=moves)
         build = self._build(table, segment, moves)
         room = self.boards[name].room
         if room is not None and build.shortage(room):
             raise FitError(self._no_fit(table, deepest))
         self._check_codecs(table, segment, moves=moves)
         if self.norm == "batch":
-            self._check_batch_norm(name, deepest, build)
-        seed = (self.fleet.seed * 4096 + index) & 0xFFFFFFFF  # 32 bits on a device
+            self._check_batch_norm(table, cut, deepest, build)
         # without other cuts, the exits that are built in are those that the fleet has
         upto = not moves or self.fleet.exits == "upto"
-        return Member(table, cut, upto, segment, build, self._shards[name], seed)
+        return Member(table, cut, upto, segment, build, self._shards[name], self._seed(name))
+
+    def _check_sending(self, table: ClientTable) -> None:
+        """Raises FleetError where a client cannot send less in the way that its table says."""
+        batch, name = self.fleet.batch, f'client "{table.name}"'
+        if table.bottleneck is None and table.bottleneck_stride > 1:
+            raise FleetError(
+                f"{name}: bottleneck_stride: there is no bottleneck: give it channels "
+                "(bottleneck = ...), or leave the stride out"
+            )
+        if table.bottleneck is not None and table.deepest is not None:
+            raise FleetError(
+                f"{name}: bottleneck: it belongs to one cut, and with deepest the cut moves: leave "
+                "one of them out"
+            )
+        parts = self.capacity(table) < batch
+        if table.send == "unsure" and self.fleet.settings.wants_gradient and parts:
+            raise FleetError(
+                f'{name}: send = "unsure": with gradient = "{self.fleet.gradient}" the server '
+                "returns the gradient of a mean over the samples sent, and so has to know how many "
+                f"a batch sends: take capacity = {batch}"
+            )
 
     def _check_codecs(self, table: ClientTable, segment: Segment, *, moves: bool) -> None:
         """Raises FleetError where a codec is of no use at a cut that the client can be at."""
         names = segment.exit_names if moves else segment.exit_names[-1:]
         for cut in (c for c in self.cuts if c.name in names):
-            elements = math.prod(cut.shape)
+            sent = table.narrowing.shape(cut.shape) if table.narrowing else cut.shape
+            elements = math.prod(sent)
             for key, codec in (
                 ("codec", table.coding.up(elements)),
                 ("gradient_codec", table.coding.down(elements)),
@@ -253,20 +323,27 @@ class Assembly:
                         f"{codec.fault}: take another"
                     )
 
-    def _check_batch_norm(self, name: str, cut: Cut, build: Build) -> None:
+    def _check_batch_norm(self, table: ClientTable, cut: Cut, deepest: Cut, build: Build) -> None:
         """Raises FleetError where batch norm would have too few samples to learn from."""
+        name = table.name
         batch, held = self.fleet.batch, self.fleet.model.batch_norm == "held"
         if held and build.capacity < batch:
             raise FleetError(
                 f'client "{name}": batch norm needs the whole batch at once: '
                 f'capacity = {batch}, batch_norm = "frozen" or norm = "group"'
             )
-        norms = self._network.norms_of_single_values(None if held else cut)
+        norms = self._network.norms_of_single_values(None if held else deepest)
         if norms and 1 in _parts(len(self._shards[name]), batch, build.capacity):
             raise FleetError(
                 f'client "{name}": of a part of one sample, {norms[0]} sees one value a channel, '
                 "and batch norm needs more: take another capacity, batch or share, or "
                 'norm = "group"'
+            )
+        behind = self._network.norms_of_single_values(cut)
+        if behind and table.send == "unsure":
+            raise FleetError(
+                f'client "{name}": send = "unsure": of a single sample, {behind[0]} sees one value '
+                'a channel, and batch norm needs more: take norm = "group"'
             )
 
     @cached_property
@@ -285,6 +362,7 @@ class Assembly:
             shift=self.dataset.shift,
             device=device,
             coding=member.table.coding,
+            unsure=self.fleet.unsure(member.table),
         )
         client.move(member.cut.name, upto=member.upto)
         return client
@@ -305,7 +383,7 @@ class Assembly:
             states = {m.name: m.state for m in self.members if m.name in samples}
         fleet = self.fleet
         if fleet.strategy == "sequential":
-            server = self._server([m.cut for m in self.members], device, "the server")
+            server = self._server(self.members, device, "the server")
             return Sequential(
                 clients,
                 server,
@@ -318,9 +396,9 @@ class Assembly:
                 rejoin_within=fleet.rejoin_within,
                 round_deadline=fleet.round_deadline,
             )
-        cuts = {m.name: m.cut for m in self.members}
+        members = {m.name: m for m in self.members}
         servers = {
-            c.name: self._server([cuts[c.name]], device, f'the server of client "{c.name}"')
+            c.name: self._server([members[c.name]], device, f'the server of client "{c.name}"')
             for c in clients
         }
         return Averaging(
@@ -336,9 +414,11 @@ class Assembly:
             round_deadline=fleet.round_deadline,
         )
 
-    def _server(self, cuts: Sequence[Cut], device: str, name: str) -> Server:
+    def _server(self, members: Sequence[Member], device: str, name: str) -> Server:
         model: nn.Module = copy.deepcopy(self._model)
-        tail = Tail(Network(model, self.dataset.shape), cuts)
+        own = {m.name: self._own_layers(m.table, m.cut) for m in members}
+        mirrors = {client: layers.mirror for client, layers in own.items() if layers}
+        tail = Tail(Network(model, self.dataset.shape), [m.cut for m in members], mirrors)
         return Server(tail, self.fleet.settings, device, name=name)
 
 

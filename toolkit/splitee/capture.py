@@ -199,11 +199,12 @@ def capture(segment: Segment, classes: int) -> Graph:
     points = capture.graph_module(segment.trunk, "", "input")
     exits: dict[str, str] = {}
     exit_ops: dict[str, list[Op]] = {}
-    for name, head, point in zip(segment.exit_names, segment.exits, points, strict=True):
+    names = zip(segment.exit_names, segment.exit_prefixes, strict=True)
+    for (name, prefix), head, point in zip(names, segment.exits, points, strict=True):
         start = len(capture.ops)
-        x = capture.add("branch", f"exits.{name}", [point], {}, {})
+        x = capture.add("branch", prefix, [point], {}, {})
         for child_name, child in head.named_children():
-            x = capture.module(child, f"exits.{name}.{child_name}", x)
+            x = capture.module(child, f"{prefix}.{child_name}", x)
         exits[name] = x
         # an exit runs as soon as its tensor is there: fewer tensors are alive at once
         exit_ops.setdefault(point, []).extend(capture.ops[start:])

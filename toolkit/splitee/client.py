@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from splitee import step
 from splitee.codec import PLAIN, Codec, Coding
 from splitee.data import Images, draw_order
 from splitee.errors import NotFinite
+from splitee.exits import entropy
 from splitee.model import Segment
 from splitee.norms import frozen_norms
 from splitee.ops import Array
@@ -69,10 +70,16 @@ class State:
 
 @dataclass(frozen=True)
 class Part:
-    """What a forward pass sends up."""
+    """What a forward pass sends up: of all its samples, or of those that its exit is unsure of."""
 
-    activations: Tensor  # float32, (count, *shape)
-    labels: Tensor  # int64, (count,)
+    activations: Tensor  # float32, (sent, *shape)
+    labels: Tensor  # int64, (sent,)
+    count: int  # samples that ran
+
+
+def unsure_of(logits: Tensor, threshold: float) -> Tensor:
+    """Which samples an exit does not answer: (samples,) of bool; those without a number, too."""
+    return ~(entropy(logits) <= threshold)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ class Client(Protocol):
     name: str
     cut: str
     capacity: int  # samples that it holds at once
+    unsure: float | None  # sends what its exit's entropy is above this for; None: everything
     settings: Settings
     traffic: Traffic
     # time.monotonic() at which its pass of a round must be over: a request that waits then raises
@@ -128,7 +136,10 @@ class Client(Protocol):
         """Runs its next count samples forward, as a part of a batch of batch samples."""
 
     def backward(self, gradient: Tensor | None) -> None:
-        """Runs the last part backward; gradient is dLoss/dActivations, where it wants one."""
+        """Runs the last part backward.
+
+        gradient is dLoss/dActivations of what was sent, where it wants one and something was.
+        """
 
     def step(self) -> Stepped:
         """Updates its weights with the gradients of the whole batch.
@@ -176,6 +187,7 @@ class _Pass:
 
     activations: Tensor
     loss: Tensor
+    sent: Tensor | None  # which samples were, where not all are
 
 
 class LocalClient:
@@ -196,10 +208,16 @@ class LocalClient:
         shift: tuple[float, ...],
         device: str = "cpu",
         coding: Coding = PLAIN,
+        unsure: float | None = None,
     ) -> None:
-        """coding: what crosses its cut is what a device with these codecs would send and get."""
+        """coding: what crosses its cut is what a device with these codecs would send and get.
+
+        unsure: normalised entropy of the exit at the cut, above which samples are sent; None: all.
+        """
         self.name = name
         self.coding = coding
+        self.unsure = unsure
+        self.logits = torch.zeros(0)  # of the exit at the cut, of the last forward
         self.cut = segment.cut.name
         self.capacity = capacity
         self.traffic = Traffic()
@@ -334,16 +352,24 @@ class LocalClient:
             loss = loss + own
         self._loss += own.item()
         self._correct += int((logits.argmax(1) == labels).sum())
-        self._pass = _Pass(points[-1], loss)
-        sent, size = _through(self.coding.up(points[-1][0].numel()), points[-1].detach())
-        self.traffic.activations_up += size + count
-        self.traffic.up += size + count
-        return Part(sent, labels)
+        self.logits, activations = logits.detach(), points[-1].detach()
+        size, sent = len(part), None  # a label is a byte
+        if self.unsure is not None:
+            sent = unsure_of(self.logits, self.unsure)
+            activations, labels = activations[sent], labels[sent]
+            size += 4 * logits.numel()  # by which the host chooses
+        self._pass = _Pass(points[-1], loss, sent)
+        arrived, coded = _through(self.coding.up(points[-1][0].numel()), activations)
+        self.traffic.activations_up += size + coded
+        self.traffic.up += size + coded
+        return Part(arrived, labels, len(part))
 
     def backward(self, gradient: Tensor | None) -> None:
         """Runs the last part backward; gradients add up."""
         assert self._pass is not None, "backward comes after forward"
         tensors, gradients = [self._pass.loss], [torch.ones_like(self._pass.loss)]
+        if self._pass.sent is not None and self.settings.wants_gradient:
+            gradient = spread(gradient, self._pass.sent, self._pass.activations.shape[1:])
         if gradient is not None:
             came, size = _through(self.coding.down(gradient[0].numel()), gradient)
             self.traffic.down += size
@@ -391,10 +417,18 @@ class LocalClient:
         """Nothing to end."""
 
 
+def spread(gradient: Tensor | None, sent: Tensor, shape: Iterable[int]) -> Tensor:
+    """The gradient of a whole part: zero for the samples that were not sent."""
+    whole = torch.zeros(len(sent), *shape)
+    if gradient is not None:
+        whole[sent.cpu()] = gradient.cpu()
+    return whole
+
+
 def _through(codec: Codec, tensor: Tensor) -> tuple[Tensor, int]:
     """What comes out at the other end of a codec, and the bytes in between."""
     size = len(tensor) * codec.size
-    if codec.kind == "float32":
+    if codec.kind == "float32" or size == 0:
         return tensor, size
     values = codec.decode(codec.encode(tensor.cpu().numpy().reshape(len(tensor), -1)))
     return torch.from_numpy(values).reshape(tensor.shape).to(tensor.device), size

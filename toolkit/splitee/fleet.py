@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from splitee.bottleneck import Bottleneck
 from splitee.client import Settings, trunk_weights
 from splitee.codec import Coding, Kind
 from splitee.errors import FleetError
@@ -75,6 +76,13 @@ class ClientTable(_Table):
     fused_update: bool = False
     local_only: bool = False
     share: Annotated[float, Field(gt=0)] = 1.0  # of the training data, relative to the others
+    # channels that are sent, and pixels left out, by a learned bottleneck at its cut; None: no
+    # bottleneck
+    bottleneck: Annotated[int, Field(ge=1, le=4096)] | None = None
+    bottleneck_stride: Annotated[int, Field(ge=1)] = 1
+    # unsure: sends only samples for which its exit's entropy is above the fleet's; the others train
+    # the exit alone
+    send: Literal["all", "unsure"] = "all"
     # how what crosses its cut is coded: activations, and the gradient that the server returns
     codec: Kind = "float32"
     gradient_codec: Kind = "float32"
@@ -84,6 +92,11 @@ class ClientTable(_Table):
     def coding(self) -> Coding:
         """Its codecs."""
         return Coding(self.codec, self.gradient_codec, self.top_k)
+
+    @property
+    def narrowing(self) -> Bottleneck | None:
+        """Its bottleneck."""
+        return Bottleneck(self.bottleneck, self.bottleneck_stride) if self.bottleneck else None
 
     @property
     def levers(self) -> Levers:
@@ -131,6 +144,10 @@ class Fleet(_Table):
         o = self.optimizer
         weights = trunk_weights(self.gradient, self.exit_weight)
         return Settings(o.learning_rate, o.momentum, o.weight_decay, *weights, clip=o.clip or 0.0)
+
+    def unsure(self, client: ClientTable) -> float | None:
+        """The entropy above which a client sends samples; None: it sends all."""
+        return self.entropy if client.send == "unsure" else None
 
     def rate(self, number: int) -> float:
         """The learning rate of a round, the first of which has the number 1."""

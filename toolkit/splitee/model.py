@@ -7,7 +7,7 @@ share the network's own submodules, so parameters and state-dict keys stay the o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from splitee import bottleneck as own
+from splitee.bottleneck import Mirror
 from splitee.errors import CutError, ModelError
 from splitee.exits import Exit
 
@@ -39,9 +41,16 @@ class Network:
     def __init__(self, model: nn.Module, input_shape: Sequence[int]) -> None:
         """input_shape is that of one sample, (channels, height, width).
 
-        Raises ModelError when the network cannot be traced, ties weights or calls a module twice.
+        Raises ModelError when the network cannot be traced, ties weights, calls a module twice or
+        has a part whose name is ours.
         """
         self.input_shape = tuple(input_shape)
+        for name in (own.NAME, "exits"):
+            if hasattr(model, name):
+                raise ModelError(
+                    f'the network has a part "{name}", as what clients add to it is called: '
+                    "rename it"
+                )
         self._refuse_tied_weights(model)
         for module in model.modules():
             if getattr(module, "inplace", False) is True:
@@ -246,11 +255,25 @@ class Segment(nn.Module):
     The network's submodules are shared, not copied; give each client its own network.
     """
 
-    def __init__(self, network: Network, cut: Cut, exits: dict[str, Exit]) -> None:
-        """exits by the name of their cut, in the network's order."""
+    def __init__(
+        self,
+        network: Network,
+        cut: Cut,
+        exits: dict[str, Exit],
+        bottleneck: nn.Conv2d | None = None,
+    ) -> None:
+        """exits by the name of their cut, in the network's order.
+
+        bottleneck: comes behind the trunk; the last exit is on top of it, and what is sent is its
+        output.
+        """
         cuts = (*(network.cut(name) for name in list(exits)[:-1]), cut)
         trunk = network.between(None, cuts)
-        self._fill(network.input_shape, cuts, trunk, list(exits.values()))
+        prefixes = [f"exits.{c.name}" for c in cuts]
+        if bottleneck is not None:
+            _put_behind(trunk, bottleneck)
+            prefixes[-1] = own.EXIT
+        self._fill(network.input_shape, cuts, trunk, list(exits.values()), prefixes)
 
     def _fill(
         self,
@@ -258,12 +281,14 @@ class Segment(nn.Module):
         cuts: tuple[Cut, ...],
         trunk: fx.GraphModule,
         exits: Sequence[nn.Module],
+        prefixes: Sequence[str],
     ) -> None:
         super().__init__()
         self.cut = cuts[-1]
         self.cuts = cuts  # those with an exit
         self.input_shape = shape
         self.exit_names = tuple(cut.name for cut in cuts)
+        self.exit_prefixes = tuple(prefixes)  # of their tensors
         self.trunk = trunk
         self.exits = nn.ModuleList(exits)
 
@@ -289,20 +314,36 @@ class Segment(nn.Module):
         graph.output(tuple(copies[stop] for stop in stops))
         part = Segment.__new__(Segment)
         trunk = fx.GraphModule(self.trunk, graph)
-        part._fill(self.input_shape, self.cuts[chosen], trunk, list(self.exits)[chosen])
+        part._fill(
+            self.input_shape,
+            self.cuts[chosen],
+            trunk,
+            list(self.exits)[chosen],
+            self.exit_prefixes[chosen],
+        )
         part.training = self.training
         return part
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and statistics by their names in the whole network; exits.<cut>.* for exits.
 
+        A bottleneck, and the exit on top of it, have names that no network has: bottleneck.*.
         Parameters come first. The tensors are the live ones. Counters of batches are left out:
         nothing that we run reads them.
         """
-        named = [("", self.trunk)] + [
-            (f"exits.{name}.", head) for name, head in zip(self.exit_names, self.exits, strict=True)
-        ]
-        return tensors_of(named)
+        heads = zip(self.exit_prefixes, self.exits, strict=True)
+        return tensors_of([("", self.trunk), *((f"{prefix}.", head) for prefix, head in heads)])
+
+
+def _put_behind(trunk: fx.GraphModule, bottleneck: nn.Conv2d) -> None:
+    """Lets the last of a trunk's tensors go through a bottleneck."""
+    trunk.add_module(own.NAME, bottleneck)
+    output = next(node for node in trunk.graph.nodes if node.op == "output")
+    (points,) = output.args
+    with trunk.graph.inserting_before(output):
+        sent = trunk.graph.call_module(own.NAME, (points[-1],))
+    output.args = ((*points[:-1], sent),)
+    trunk.recompile()
 
 
 def tensors_of(named: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
@@ -315,20 +356,33 @@ def tensors_of(named: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
 class Tail(nn.Module):
     """The server's half of the network: enters at any of the cuts that its clients have."""
 
-    def __init__(self, network: Network, cuts: Sequence[Cut]) -> None:
+    def __init__(
+        self, network: Network, cuts: Sequence[Cut], mirrors: Mapping[str, Mirror] | None = None
+    ) -> None:
+        """mirrors: of the clients that have a bottleneck, by name."""
         super().__init__()
         order = sorted({c.name: c for c in cuts}.values(), key=network.position)
         names: list[Cut | None] = [*order, None]
         self.entries = {c.name: i for i, c in enumerate(order)}
         self.stages = nn.ModuleList(network.between(a, [b]) for a, b in pairwise(names))
+        # a list: the names in a ModuleDict must not be those of its methods
+        self._mirrored = {client: i for i, client in enumerate(mirrors or {})}
+        self.mirrors = nn.ModuleList((mirrors or {}).values())
 
-    def forward(self, activations: Tensor, cut: str) -> Tensor:
-        """Logits (batch, classes) from the activations at that cut."""
+    def forward(self, activations: Tensor, cut: str, client: str = "") -> Tensor:
+        """Logits (batch, classes) from what a client sends at that cut."""
+        if client in self._mirrored:
+            activations = self.mirrors[self._mirrored[client]](activations)
         for stage in self.stages[self.entries[cut] :]:
             (activations,) = stage(activations)
         return activations
 
     def tensors(self, cut: str | None = None) -> dict[str, Tensor]:
-        """Parameters and statistics by their names in the whole network, behind cut if given."""
-        first = self.entries[cut] if cut else 0
-        return tensors_of([("", stage) for stage in self.stages[first:]])
+        """Parameters and statistics by their names in the whole network.
+
+        With a cut, those behind it; otherwise also the mirrors', as bottleneck.<client>.*.
+        """
+        if cut:
+            return tensors_of([("", stage) for stage in self.stages[self.entries[cut] :]])
+        mirrors = [(f"{own.PREFIX}{n}.", self.mirrors[i]) for n, i in self._mirrored.items()]
+        return tensors_of([*(("", stage) for stage in self.stages), *mirrors])

@@ -118,9 +118,18 @@ class Build:
         """RAM of the shard: records, and a uint16 place in the data order for each."""
         return self.samples_max * (self.record_size + 2)
 
-    def bytes_up_per_sample(self, coding: Coding = PLAIN) -> int:
-        """What a sample sends up at the deepest cut: its activations, coded, and its label."""
-        return coding.up(self.graph.elements(self.graph.cut)).size + 1
+    def bytes_up_per_sample(self, coding: Coding = PLAIN, *, unsure: bool = False) -> int:
+        """What a sample sends up at the deepest cut: its activations, coded, and its label.
+
+        unsure: only where its exit is unsure of it, which its logits tell; these go up, too.
+        """
+        activations = coding.up(self.graph.elements(self.graph.cut)).size
+        return activations + (self.bytes_up_sure if unsure else 1)
+
+    @property
+    def bytes_up_sure(self) -> int:
+        """What is left of that where the exit is sure: label and logits."""
+        return 1 + 4 * self.graph.classes
 
     @property
     def arena_bytes(self) -> int:

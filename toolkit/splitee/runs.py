@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -250,7 +251,9 @@ class Run:
             for i, client in enumerate(clients):
                 mine = [r for r in done if r["client"] == client.name]
                 label = f"{client.name} ({client.board}, {client.cut})"
-                values = [r[key] * (100 if "accuracy" in key else 1) for r in mine]
+                scale = 100 if "accuracy" in key else 1
+                # of a round in which nothing was sent there is no loss
+                values = [math.nan if r[key] is None else r[key] * scale for r in mine]
                 axis.plot([r["round"] for r in mine], values, f"C{i}.-", label=label)
             axis.set_title(title)
             axis.set_xlabel("round")

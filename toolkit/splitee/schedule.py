@@ -168,7 +168,8 @@ class Pass:
             reads = {logits: self.get(logits, self.places[logits])}
             self.write("loss", self.places[logits], exit=name, reads=reads, writes=(p,))
         for number, stage in enumerate(self.stages):
-            self.write("send", Place(number, "cut"), reads=(stage.point,))
+            # the host may look at the logits first, and leave activations out
+            self.write("send", Place(number, "cut"), reads=(stage.point, stage.logits))
         self.forward_end = len(self.steps)
 
         self.backward = True

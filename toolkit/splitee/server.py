@@ -48,19 +48,35 @@ class Server:
             group["lr"] = rate
 
     def learn(
-        self, activations: Tensor, labels: Tensor, cut: str, batch: int, *, gradient: bool
+        self,
+        activations: Tensor,
+        labels: Tensor,
+        cut: str,
+        batch: int,
+        *,
+        gradient: bool,
+        client: str = "",
     ) -> Tensor | None:
         """Adds up the gradients of a part of a batch of batch samples.
 
-        Returns dLoss/dActivations, of the loss as a mean over the whole batch, when gradient is
-        true. Nothing is updated before ``step``.
+        client: whose they are; with a bottleneck, its mirror learns, too. Returns
+        dLoss/dActivations, of the loss as a mean over the whole batch, when gradient is true.
+        Nothing is updated before ``step``.
         """
         self._kept.keep(self.tail)
         x = activations.to(self.device).requires_grad_(gradient)
-        loss = F.cross_entropy(self.tail(x, cut), labels.to(self.device), reduction="sum") / batch
+        logits = self.tail(x, cut, client)
+        loss = F.cross_entropy(logits, labels.to(self.device), reduction="sum") / batch
         torch.autograd.backward(loss)
         self._loss += loss.item()
         return x.grad
+
+    def divide(self, samples: int) -> None:
+        """Makes means over so many samples of sums: of what ``learn`` took for batches of one."""
+        for parameter in self.tail.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= samples
+        self._loss /= samples
 
     def check(self) -> None:
         """Raises NotFinite where a gradient of this batch, or its loss, is not finite."""
@@ -82,10 +98,10 @@ class Server:
         self._loss = 0.0
 
     @torch.no_grad()
-    def infer(self, activations: Tensor, cut: str) -> Tensor:
+    def infer(self, activations: Tensor, cut: str, client: str = "") -> Tensor:
         """Logits (batch, classes), with the statistics of training."""
         self.tail.eval()
-        logits: Tensor = self.tail(activations.to(self.device), cut)
+        logits: Tensor = self.tail(activations.to(self.device), cut, client)
         self.tail.train()
         return logits
 

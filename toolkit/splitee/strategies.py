@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from splitee.bottleneck import is_private
 from splitee.client import Client, State
 from splitee.errors import DeviceRefused, Late, LinkError, Mismatch, NotFinite
 from splitee.ops import Array
@@ -38,12 +39,13 @@ def cross_layer_mean(copies: Sequence[Copy]) -> dict[str, Tensor]:
 
     Sums run in the order of copies, in float64, so that the result does not depend on who answered
     first. A layer with one owner is that owner's, bit for bit. Copies that no sample trained count
-    only where no copy was trained.
+    only where no copy was trained. What is one client's alone, such as a bottleneck, has no mean.
     """
     owners: dict[str, list[tuple[Tensor, int]]] = {}
     for copy in copies:
         for name, owned in copy.items():
-            owners.setdefault(name, []).append(owned)
+            if not is_private(name):
+                owners.setdefault(name, []).append(owned)
     means = {}
     for name, copies_of in owners.items():
         trained = [(t, n) for t, n in copies_of if n > 0] or copies_of[:1]

@@ -22,13 +22,17 @@ from splitee.server import Server
 
 @dataclass(frozen=True)
 class BatchDone:
-    """One batch of one client. Losses are means over the batch, in nats, before the step."""
+    """One batch of one client. Losses are in nats, before the step.
+
+    The exit's is the mean over the batch, the server's over the samples sent: None of none.
+    """
 
     client: str
     samples: int
+    sent: int  # of them to the server
     exit_loss: float
     exit_correct: int
-    server_loss: float
+    server_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,10 @@ class ClientDone:
     client: str
     round: int
     samples: int
+    sent: int  # of them to the server
     exit_loss: float
     exit_accuracy: float  # on the training samples as they came, at the exit at the cut
-    server_loss: float
+    server_loss: float | None  # mean over the samples sent; None: none was
     seconds: float
     bytes_up: int
     bytes_down: int
@@ -100,22 +105,33 @@ class Strategy(Protocol):
 def train_batch(client: Client, server: Server, batch: int) -> BatchDone:
     """One step of both halves on the client's next batch samples, in parts of its capacity.
 
-    Raises NotFinite where a gradient or the loss of a half is not; neither takes a step then.
+    Where only samples are sent that the exit is unsure of, the server learns from the mean over
+    those, and takes no step where there are none. Raises NotFinite where a gradient or the loss of
+    a half is not; neither takes a step then.
     """
-    left = batch
+    left, sent = batch, 0
+    # how many are sent of a batch in parts is known at its end
+    sums = client.unsure is not None and client.capacity < batch
+    assert not (sums and client.settings.wants_gradient), "a gradient has to be of the mean"
     sound: list[Tensor] = []
     while left:
         part = client.forward(min(left, client.capacity), batch)
         sound.append(part.activations.isfinite().all())
-        gradient = server.learn(
-            part.activations,
-            part.labels,
-            client.cut,
-            batch,
-            gradient=client.settings.wants_gradient,
-        )
+        gradient = None
+        if count := len(part.labels):
+            gradient = server.learn(
+                part.activations,
+                part.labels,
+                client.cut,
+                batch if client.unsure is None else 1 if sums else count,
+                gradient=client.settings.wants_gradient,
+                client=client.name,
+            )
         client.backward(gradient)
-        left -= len(part.labels)
+        sent += count
+        left -= part.count
+    if sums and sent:
+        server.divide(sent)
     try:
         server.check()  # before the client's step: both halves take theirs, or neither does
     except NotFinite:
@@ -123,7 +139,8 @@ def train_batch(client: Client, server: Server, batch: int) -> BatchDone:
             client.step()  # it was sent what is not finite: the client says where that began
         raise
     stepped = client.step()
-    return BatchDone(client.name, batch, stepped.loss, stepped.correct, server.step())
+    loss = server.step() if sent else None
+    return BatchDone(client.name, batch, sent, stepped.loss, stepped.correct, loss)
 
 
 def train_pass(
@@ -141,7 +158,7 @@ def train_pass(
     began = time.perf_counter()
     before = replace(client.traffic)
     exit_loss = server_loss = 0.0
-    correct = 0
+    correct = sent = 0
     for start in range(0, samples, batch):
         if client.deadline is not None and time.monotonic() >= client.deadline:
             raise Late(
@@ -151,7 +168,8 @@ def train_pass(
             )
         done = train_batch(client, server, min(batch, samples - start))
         exit_loss += done.exit_loss * done.samples
-        server_loss += done.server_loss * done.samples
+        server_loss += (done.server_loss or 0.0) * done.sent
+        sent += done.sent
         correct += done.exit_correct
         emit(done)
     state = client.state()
@@ -159,9 +177,10 @@ def train_pass(
         client=client.name,
         round=number,
         samples=samples,
+        sent=sent,
         exit_loss=exit_loss / samples,
         exit_accuracy=correct / samples,
-        server_loss=server_loss / samples,
+        server_loss=server_loss / sent if sent else None,
         seconds=time.perf_counter() - began,
         bytes_up=client.traffic.up - before.up,
         bytes_down=client.traffic.down - before.down,
@@ -219,5 +238,5 @@ def evaluate(client: Client, server: Server, images: Images) -> Answers:
     for start in range(0, len(images), client.capacity):
         activations, logits = client.infer(images.x[start : start + client.capacity])
         exits.append(logits.cpu())
-        servers.append(server.infer(activations, client.cut).cpu())
+        servers.append(server.infer(activations, client.cut, client.name).cpu())
     return Answers(images.y, torch.cat(exits).numpy(), torch.cat(servers).numpy())
