@@ -7,6 +7,9 @@ int main(int argc, char **argv) {
     port_init(argc, argv);
     device_init();
     for (;;) {
-        device_receive(bytes, port_read(bytes, sizeof bytes));
+        const size_t size = port_read(bytes + 1, sizeof bytes - 1);
+        // A frame begins with a datagram, whoever sent half a frame before: a zero byte ends that.
+        const size_t from = port_begins() ? 0 : 1;
+        device_receive(bytes + from, size + 1 - from);
     }
 }

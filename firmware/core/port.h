@@ -14,9 +14,11 @@ extern const uint32_t port_window;
 // Brings up clocks, memory and the link. argc and argv are 0 and NULL on bare metal.
 void port_init(int argc, char **argv);
 
-// Waits until bytes have come, copies at most size of them to buffer and returns how many. In front
-// of each datagram stands a zero byte: what was left of the one before is no part of it.
+// Waits until bytes have come, copies at most size of them to buffer and returns how many.
 size_t port_read(uint8_t *buffer, size_t size);
+
+// Whether the bytes of the last port_read are the first of a datagram; never on a stream.
+int port_begins(void);
 
 // Sends size bytes of the frame being written; returns when bytes may be reused.
 void port_write(const uint8_t *bytes, size_t size);

@@ -764,6 +764,7 @@ def bench_link(
     only: Annotated[
         list[str] | None, typer.Option("--link", help="Only this link; may be repeated.")
     ] = None,
+    auth: Annotated[bool, typer.Option("--auth", help="With frames under a key.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure what share of a link's rate the exchange with a device leaves to tensors."""
@@ -777,7 +778,7 @@ def bench_link(
     for name in names:
         if name not in LINKS:
             raise SpliteeError(f'no link "{name}" is measured: there are {", ".join(LINKS)}')
-    rows = list(links(BUILD, to_c, names))
+    rows = list(links(BUILD, to_c, names, auth=auth))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return

@@ -291,8 +291,10 @@ class Device:
         end = max(time.monotonic() + _ATTEMPT, self.exchange.heard + within)
         while True:
             try:
-                if self._broken:
-                    self._open_again()
+                if self._broken and self._reopen is not None:
+                    self.link.close()
+                    self.exchange.attach(self._reopen())
+                    self._broken = False
                 return self._start(state, max(0.0, end - time.monotonic()))
             except (Mismatch, DeviceRefused):
                 raise  # it is back, as another
@@ -301,12 +303,6 @@ class Device:
                 if time.monotonic() + _REOPEN >= end or (self._broken and self._reopen is None):
                     raise
                 time.sleep(_REOPEN)
-
-    def _open_again(self) -> None:
-        assert self._reopen is not None
-        self.link.close()
-        self.exchange.attach(self._reopen())
-        self._broken = False
 
     def load_state(self, state: State) -> None:
         """Replaces weights, momentum and place."""

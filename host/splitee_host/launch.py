@@ -136,7 +136,7 @@ class Launcher:
         client.start(member.state, member.images)
         if isinstance(client, Device) and self._key_of(member) and not client.welcome.fresh:
             self._say(
-                f"{member.name}: {board.name} has no source of random bytes: once it was reset, what "
+                f"{member.name}: {board.name} has no source of random bytes: after its reset, what "
                 "somebody recorded of its sessions could be played to it"
             )
         return launched

@@ -11,11 +11,6 @@ int main(int argc, char **argv) {
         }
 #endif
         const size_t size = port_read(buffer, sizeof buffer);
-#ifdef UDP_PORT
-        if (size == 1 && buffer[0] == 0) {
-            continue; // a datagram begins
-        }
-#endif
         port_write(buffer, size);
         port_flush();
     }

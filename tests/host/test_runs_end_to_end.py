@@ -374,7 +374,16 @@ def test_another_seed_gives_another_run(few_digits: Dataset, workplace: Path) ->
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> None:
-    """Kills the firmware's process in its n-th call of a method of Device, when that has ended."""
+    """Kills the firmware's process in its n-th call of a method of Device, when that has ended.
+
+    It is gone for good: nobody starts it again.
+    """
+    made = Device.__init__
+
+    def for_good(self: Device, *arguments: Any, **named: Any) -> None:
+        made(self, *arguments, **{**named, "reopen": None})
+
+    monkeypatch.setattr(Device, "__init__", for_good)
     started: list[boards.Running] = []
     start = boards.start
 

@@ -66,6 +66,10 @@ void port_write(const uint8_t *bytes, size_t size) {
 void port_flush(void) {
 }
 
+int port_begins(void) {
+    return 0;
+}
+
 uint32_t port_dropped(void) {
     return 0;
 }

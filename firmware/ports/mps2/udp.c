@@ -24,6 +24,7 @@ const uint32_t port_window = UINT16_MAX;
 static struct net net = {.address = {UDP_ADDRESS}, .port = UDP_PORT};
 static uint8_t incoming[PACKET_SIZE(RECEIVE_MAX)]; // the packet being read
 static struct net_part unread;                     // of the datagram in it
+static int begins;                                 // whether nothing of it had been read before
 static uint8_t outgoing[PACKET_SIZE(SEND_MAX)];    // the frame being written
 static size_t written;
 
@@ -55,6 +56,7 @@ static size_t receive(void) {
 }
 
 size_t port_read(uint8_t *buffer, size_t size) {
+    begins = unread.size == 0;
     while (unread.size == 0) {
         struct net_part part;
         switch (net_receive(&net, incoming, receive(), &part)) {
@@ -63,8 +65,7 @@ size_t port_read(uint8_t *buffer, size_t size) {
             break;
         case NET_DATAGRAM:
             unread = part;
-            buffer[0] = 0; // each datagram begins anew, whoever sent half a frame before
-            return 1;
+            break;
         case NET_NOTHING:
             break;
         }
@@ -74,6 +75,10 @@ size_t port_read(uint8_t *buffer, size_t size) {
     unread.bytes += count;
     unread.size -= count;
     return count;
+}
+
+int port_begins(void) {
+    return begins;
 }
 
 void port_write(const uint8_t *bytes, size_t size) {

@@ -26,7 +26,7 @@
 // 6 that COBS adds to these, and the zero byte at the end.
 #define UDP_BODY_MAX 1444u
 #define STREAM_BODY_MAX 65536u
-#define DATAGRAM_MAX 65508u // and a zero in front
+#define DATAGRAM_MAX 65507u
 
 uint32_t port_send_max = STREAM_BODY_MAX;
 const uint32_t port_window = 65536; // of a pipe; a socket has three times that
@@ -35,6 +35,7 @@ static int udp = -1; // the socket, or -1: stdin and stdout
 static struct sockaddr_in peer;
 static uint8_t incoming[DATAGRAM_MAX]; // the datagram being read
 static size_t incoming_start, incoming_end;
+static int begins;                     // whether what was read last is the beginning of a datagram
 static uint8_t outgoing[DATAGRAM_MAX]; // the frame being written
 static size_t outgoing_size;
 
@@ -129,12 +130,11 @@ static void receive_datagram(void) {
         }
     } while (wait[0].revents == 0);
     socklen_t peer_size = sizeof peer;
-    const ssize_t count = recvfrom(udp, incoming + 1, sizeof incoming - 1, MSG_DONTWAIT,
+    const ssize_t count = recvfrom(udp, incoming, sizeof incoming, MSG_DONTWAIT,
                                    (struct sockaddr *)&peer, &peer_size);
     // There may be nothing after all: the system drops a datagram with a wrong checksum only now.
-    // The zero in front of each begins anew, whoever sent half a frame before.
     incoming_start = 0;
-    incoming_end = count < 0 ? 0 : 1 + (size_t)count;
+    incoming_end = count < 0 ? 0 : (size_t)count;
 }
 
 size_t port_read(uint8_t *buffer, size_t size) {
@@ -147,8 +147,13 @@ size_t port_read(uint8_t *buffer, size_t size) {
     const size_t left = incoming_end - incoming_start;
     const size_t count = left < size ? left : size;
     memcpy(buffer, incoming + incoming_start, count);
+    begins = incoming_start == 0;
     incoming_start += count;
     return count;
+}
+
+int port_begins(void) {
+    return begins;
 }
 
 static void write_stdout(void) {

@@ -115,6 +115,10 @@ uint32_t port_dropped(void) {
     return 0;
 }
 
+int port_begins(void) {
+    return 0;
+}
+
 // The machine has no source of random bytes.
 int port_entropy(uint8_t *bytes, size_t size) {
     (void)bytes;
