@@ -27,7 +27,7 @@ from splitee.fleet import parse
 from splitee.strategies import Averaging, Sequential
 from splitee.train import BatchDone, ClientBack, ClientDone, ClientLost, Event, RoundDone, fit
 from splitee_exporters.c import to_c
-from splitee_host import boards
+from splitee_host import boards, goodput
 from splitee_host.device import Device
 from splitee_host.launch import Launcher, build_firmware
 from splitee_host.link import Link, ProcessLink, memory_pair
@@ -177,6 +177,26 @@ def test_nothing_of_a_serial_device_is_lost_when_it_is_unplugged_for_a_while(fol
             state = learn(device, on)
         assert len(calls) > 12
         assert differences(state, expected) == []
+
+
+def test_the_window_finds_what_an_ethernet_chip_has_room_for(folder: Path) -> None:
+    """QEMU's LAN9118 loses all but seven datagrams of a burst; nobody tells the host."""
+    need("qemu-m4-udp")
+    build = goodput.segment()
+    firmware = build_firmware(build, boards.load_boards()["qemu-m4-udp"], to_c, folder)
+    with boards.start(boards.load_boards()["qemu-m4-udp"], firmware) as running:
+        device = Device("it", running.link, build, SETTINGS, patience=20.0)
+        device.hello()
+        frames = []
+        for seed in range(12):
+            content = np.random.default_rng(seed).bytes(goodput.TENSOR)
+            device.write(m.Region.SHARD, content)
+            assert device.read(m.Region.SHARD, 0, goodput.TENSOR) == content
+            frames.append(device.exchange._window.frames)
+        assert device.exchange.repeated > 0  # it was too much, at first
+        assert min(frames) < 64
+        sent = 2 * 12 * goodput.TENSOR / 1400
+        assert device.exchange.repeated < sent / 5
 
 
 # ---- what a device must not send ----
@@ -460,6 +480,29 @@ def test_a_client_that_sends_no_numbers_never_reaches_the_weights_of_the_server(
         with pytest.raises(SpliteeError, match=r'client "board".*not finite in round 1'):
             run(strategy, 1, lambda _: None)
         assert all(torch.equal(v, server.tensors()[k]) for k, v in before.items())
+
+
+def test_a_client_that_is_too_slow_misses_a_round_and_takes_part_in_the_next(
+    folder: Path,
+) -> None:
+    text = FLEET.format(strategy="averaging", board="posix").replace(
+        "rejoin_within = 20.0", "rejoin_within = 20.0\nround_deadline = 2.0"
+    )
+    with fleet(folder, text) as (_, strategy, launched):
+        slow = launched[0].client
+        write = slow.link.write
+        rounds: list[RoundDone] = []
+
+        def held_up(data: bytes) -> None:
+            if rounds:  # on its way for as long as the first round lasts
+                write(data)
+
+        slow.link.write = held_up
+        events = run(strategy, 3, lambda e: rounds.append(e) if isinstance(e, RoundDone) else None)
+        lost = [e for e in events if isinstance(e, ClientLost)]
+        assert [(e.client, e.round) for e in lost] == [("board", 1)]
+        assert "its round was over before its pass was" in lost[0].reason
+        assert [sorted(r.clients) for r in rounds] == [["here"], *[["board", "here"]] * 2]
 
 
 def test_a_fleet_of_64_devices_does_not_wait_for_a_slow_one_in_the_midst_of_a_round(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import stat
 import threading
@@ -193,6 +194,24 @@ def test_firmware_with_a_key_trains_as_without(folder: Path, expected: State) ->
         assert differences(train(device), expected) == []
         assert device.welcome.fresh == 1
         assert device.exchange.bad == 0
+
+
+def test_a_board_with_a_key_trains_as_without_and_says_that_it_has_no_random_bytes(
+    fleet: Path,
+) -> None:
+    if shutil.which("qemu-system-arm") is None or shutil.which("arm-none-eabi-gcc") is None:
+        pytest.skip("needs qemu-system-arm and arm-none-eabi-gcc")
+    fleet.write_text(FLEET.replace("posix", "qemu-m4-udp"))
+    assert splitee("train", fleet).code == 0
+    checkpoint = fleet.parent / "runs" / "keyed" / "checkpoint.safetensors"
+    without = checkpoint.read_bytes()
+    splitee("keys", fleet)
+    said = splitee("train", fleet)
+    assert said.code == 0
+    assert checkpoint.read_bytes() == without
+    words = " ".join(said.out.split())
+    assert "near: qemu-m4-udp has no source of random bytes" in words
+    assert "far: python has no source" not in words
 
 
 @pytest.mark.parametrize("key", [None, bytes(32)], ids=["no key", "another key"])
