@@ -1,4 +1,4 @@
-"""What the network takes of each board with Ethernet, by part, beside the serial line's, as JSON.
+"""What the link takes of each Arm board, by part, over Ethernet and serial lines, as JSON.
 
 .venv/bin/python benchmarks/network_sizes.py > benchmarks/results/network_sizes.json
 
@@ -22,6 +22,7 @@ from splitee_exporters.c import to_c
 from splitee_host import boards
 from splitee_host.bench import compiler
 from splitee_host.launch import build_firmware
+from splitee_host.wire.seal import KEY_SIZE
 
 FLEET = """
 name = "sizes"
@@ -57,20 +58,23 @@ def sizes(map_file: Path) -> dict[str, dict[str, int]]:
     return {part: {"code_bytes": code[part], "ram_bytes": ram[part]} for part in PARTS}
 
 
-def row(board: boards.Board) -> dict[str, Any]:
-    """The sizes of one board's firmware."""
+def row(board: boards.Board, *, auth: bool = False) -> dict[str, Any]:
+    """The sizes of one board's firmware; auth: with a key built in."""
+    key = bytes(KEY_SIZE) if auth else None
     (member,) = Assembly(parse(FLEET.format(board.name)), lambda _: board.for_assembly).members
     with tempfile.TemporaryDirectory() as name:
-        firmware = build_firmware(member.build, board, to_c, Path(name))
+        firmware = build_firmware(member.build, board, to_c, Path(name), key)
         parts = sizes(firmware.elf.with_name("device.map"))
     static = firmware.memory.static
-    return {"board": board.name, "compiler": compiler(board), "static_bytes": static, **parts}
+    about = {"board": board.name, "auth": auth, "compiler": compiler(board)}
+    return {**about, "static_bytes": static, **parts}
 
 
 def main() -> None:
     known = boards.load_boards()
     arm = [b for b in known.values() if b.port == "mps2"]
-    json.dump({"rows": [row(b) for b in arm]}, sys.stdout, indent=1)
+    rows = [row(b, auth=auth) for b in arm for auth in (False, True)]
+    json.dump({"rows": rows}, sys.stdout, indent=1)
     print()
 
 

@@ -9,7 +9,7 @@
 #include "protocol/bytes.h" // little endian
 #include "protocol/codec.h" // what is tested
 
-enum { ENCODE, DECODE };
+enum { ENCODE = 1, DECODE };
 
 #define VALUES 16384u
 

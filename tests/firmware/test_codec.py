@@ -32,7 +32,7 @@ BOARDS = {
 }
 POSIX = BOARDS["posix"]
 PATIENCE = 60.0  # seconds without a word
-ENCODE, DECODE = 0, 1
+ENCODE, DECODE = 1, 2
 
 
 class Coder:

@@ -31,8 +31,12 @@ const uint32_t port_window = RING_SIZE;
 void mps2_link_init(void) {
     UART0->divider = UART0_HZ / BAUD_RATE;
     UART0->control = UART_TX_ENABLE | UART_RX_ENABLE | UART_RX_INTERRUPT_ENABLE;
-    // QEMU keeps what was sent before this line until somebody reads.
-    (void)UART0->data;
+    // QEMU keeps what was sent before these lines until somebody reads. When the first byte of that
+    // comes between the two, it is what is read here; otherwise this is 0.
+    const uint8_t early = (uint8_t)UART0->data;
+    if (early != 0) {
+        ring_put(&ring, early);
+    }
     mps2_enable(UART0_RECEIVE);
 }
 
