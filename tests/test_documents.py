@@ -119,6 +119,19 @@ def test_the_memory_of_a_first_stage_is_what_was_measured() -> None:
     assert table == [[name, *sizes, again[name]] for name, sizes in measured.items()]
 
 
+def test_what_a_link_carries_is_what_was_measured() -> None:
+    lost = {"clean": "none", "loss1": "1%", "loss5": "5%"}
+    measured: dict[tuple[str, str], list[str]] = {}
+    for file, key in (("link.json", ""), ("link_auth.json", " with a key")):
+        results = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+        for figure, form in (("goodput_ratio", ".1%"), ("overhead", ".2%")):
+            for row in results:
+                place = measured.setdefault((row["link"] + key, lost[row["case"]]), [])
+                place.append(format(row[figure], form))
+    table = rows(section(DESIGN, "What a link carries"))
+    assert table == [[*place, *figures] for place, figures in measured.items()]
+
+
 ENDS = ("exit", "server", "together")
 
 

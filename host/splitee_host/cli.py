@@ -62,7 +62,7 @@ def _console(*, stderr: bool = False) -> Console:
 
     # a pipe or a file has no width of its own; without one, rich would fold tables at 80
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else 160
-    return Console(stderr=stderr, width=width)
+    return Console(emoji=False, stderr=stderr, width=width)
 
 
 def _assembly(fleet: Fleet) -> Assembly:

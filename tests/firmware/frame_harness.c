@@ -21,6 +21,15 @@ void port_flush(void) {
     flushed++;
 }
 
+static struct sealing how;
+
+// How frames are sealed from now on, where a key is built in.
+void frame_harness_seal(const uint8_t *of, uint8_t direction, uint16_t turns) {
+    static uint8_t key[KEY_SIZE];
+    memcpy(key, of, sizeof key);
+    how = (struct sealing){key, direction, turns};
+}
+
 // Writes a frame; *bytes then points to what went to the port. Returns how many bytes that were,
 // or 0 when the port was not flushed exactly once.
 size_t frame_harness_write(uint8_t code, uint16_t session, uint16_t sequence, const uint8_t *fields,
@@ -28,7 +37,7 @@ size_t frame_harness_write(uint8_t code, uint16_t session, uint16_t sequence, co
                            const uint8_t **bytes) {
     sent_size = 0;
     flushed = 0;
-    frame_write(NULL, code, session, sequence, fields, fields_size, tail, tail_size);
+    frame_write(&how, code, session, sequence, fields, fields_size, tail, tail_size);
     *bytes = sent;
     return flushed == 1 ? sent_size : 0;
 }
@@ -52,7 +61,7 @@ size_t frame_harness_read(const uint8_t *bytes, size_t size, int *found, uint8_t
     size_t i = 0;
     *found = 0;
     while (i < size && !*found) {
-        *found = frame_read(&reader, bytes[i++], &frame) && frame_holds(&reader, &frame, NULL);
+        *found = frame_read(&reader, bytes[i++], &frame) && frame_holds(&reader, &frame, &how);
     }
     *code = frame.code;
     *session = frame.session;

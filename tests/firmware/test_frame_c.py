@@ -93,13 +93,15 @@ class Firmware:
         return value
 
 
-def build(folder: Path, source: Path = SOURCES[0]) -> Firmware:
+def build(folder: Path, source: Path = SOURCES[0], *, keyed: bool = False) -> Firmware:
     """The C end, built with every warning an error and traps on undefined behaviour."""
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     path = folder / "frame.so"
     checked = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     command = ["gcc", *FLAGS, *checked, "-O1", "-g", "-fPIC", "-shared", "-o", str(path)]
+    if keyed:
+        command += ["-DKEYED", str(ROOT / "firmware" / "protocol" / "blake2s.c")]
     subprocess.run([*command, str(source), *map(str, SOURCES[1:])], check=True)
     return Firmware(path)
 
@@ -250,3 +252,39 @@ def test_the_microcontroller_s_frame_needs_only_the_port_and_little_stack(tmp_pa
         *("port_write", "port_flush"),
         *("seal_start", "seal_add", "seal_end", "seal_holds"),
     }
+
+
+# ---- seals ----
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Firmware:
+    return build(tmp_path_factory.mktemp("keyed"), keyed=True)
+
+
+def seal(keyed: Firmware, case: dict[str, Any], **other: Any) -> None:
+    """Seals from now on as a case says, but for what is other."""
+    how = {"key": bytes.fromhex(case["key"]), "direction": case["direction"], **other}
+    turns = other.get("turns", case["number"] >> 16)
+    keyed.library.frame_harness_seal(
+        how["key"], ctypes.c_uint8(how["direction"]), ctypes.c_uint16(turns)
+    )
+
+
+@pytest.mark.parametrize("case", wire.SEALED, ids=title)
+def test_c_writes_and_reads_the_published_seals_and_no_others(
+    keyed: Firmware, case: dict[str, Any]
+) -> None:
+    frame = Frame(case["code"], case["session"], case["number"] & 0xFFFF, unhex(case["body"]))
+    coded = unhex(case["bytes"])
+    seal(keyed, case)
+    assert keyed.write(frame, split=0) == coded
+    assert keyed.read(coded, CAPACITY) == ([frame], 0)
+    for bit in range(8 * (len(coded) - 1)):
+        forged = bytearray(coded)
+        forged[bit // 8] ^= 1 << bit % 8
+        assert keyed.read(bytes(forged), CAPACITY)[0] == []
+    assert keyed.read(encode(frame), CAPACITY)[0] == []  # with a CRC
+    for other in ({"key": bytes(32)}, {"direction": 1 - case["direction"]}, {"turns": 0x7777}):
+        seal(keyed, case, **other)
+        assert keyed.read(coded, CAPACITY) == ([], 1)

@@ -499,3 +499,17 @@ def test_a_mistake_ends_the_program_with_status_1_and_no_traceback() -> None:
     done = program("-m", "splitee_host.cli", "plan", "nothing.toml")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == ("error: nothing.toml: No such file or directory: is the path right?\n")
+
+
+def test_an_address_is_shown_as_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "fleet.toml"
+    path.write_text(
+        'name = "usb"\n[model]\nwidth = 2\n[[client]]\nname = "board"\nboard = "qemu-m4"\n'
+        'link = "usb:1234:5678"\ncut = "stem"\n'
+    )
+    said = splitee("train", path)  # ":1234:" is no picture
+    assert said.code == 1
+    assert "no board usb:1234:5678 is attached" in said.err
