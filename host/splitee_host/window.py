@@ -51,7 +51,6 @@ MANNERS = {
     # A network loses what comes too fast, and now and then lets one datagram pass another.
     "udp": Manner(frames=4, frames_max=64, overtaken=3, piece=1444, shortest=0.02),
     "tcp": _STREAM,
-    "pipe": _STREAM,
     "memory": _STREAM,
 }
 """By the kind of a link."""

@@ -486,7 +486,7 @@ def test_a_client_that_is_too_slow_misses_a_round_and_takes_part_in_the_next(
     folder: Path,
 ) -> None:
     text = FLEET.format(strategy="averaging", board="posix").replace(
-        "rejoin_within = 20.0", "rejoin_within = 20.0\nround_deadline = 2.0"
+        "rejoin_within = 20.0", "rejoin_within = 20.0\nround_deadline = 8.0"
     )
     with fleet(folder, text) as (_, strategy, launched):
         slow = launched[0].client
