@@ -3,8 +3,7 @@
 //
 // splitee_host/bench.py builds it around a port, runs it where virtual time counts instructions,
 // and reads the lines: name bytes microseconds, times REPEATS; "end" is the last line.
-#include <string.h>
-
+#include "bench/text.h"       // words and numbers
 #include "core/port.h"        // clock and link
 #include "protocol/blake2s.h" // what is measured
 #include "protocol/seal.h"    // and what it is compared with
@@ -25,22 +24,6 @@ static void by_blake2s(size_t size) {
     blake2s_init(&hash, sizeof tag, key, sizeof key);
     blake2s_update(&hash, message, size);
     blake2s_final(&hash, tag);
-}
-
-static void write_text(const char *text) {
-    port_write((const uint8_t *)text, strlen(text));
-}
-
-static void write_number(uint32_t number) {
-    char digits[12];
-    char *at = digits + sizeof digits - 1;
-    *at = '\0';
-    do {
-        *--at = (char)('0' + number % 10);
-        number /= 10;
-    } while (number > 0);
-    write_text(" ");
-    write_text(at);
 }
 
 static void report(const char *name, void (*by)(size_t size), size_t size) {

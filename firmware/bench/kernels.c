@@ -6,6 +6,7 @@
 // in microseconds times REPEATS; "end" is the last line.
 #include <string.h>
 
+#include "bench/text.h"        // words and numbers
 #include "core/port.h"         // clock and link
 #include "kernels/fast/fast.h" // what is measured
 #include "kernels/kernels.h"   // struct window
@@ -25,22 +26,6 @@ static void fill(float *to, size_t size) {
         state = state * 1664525u + 1013904223u; // Numerical Recipes' generator
         to[i] = (float)(state >> 8) * (2.0f / 16777216.0f) - 1.0f;
     }
-}
-
-static void write_text(const char *text) {
-    port_write((const uint8_t *)text, strlen(text));
-}
-
-static void write_number(uint32_t number) {
-    char digits[12];
-    char *at = digits + sizeof digits - 1;
-    *at = '\0';
-    do {
-        *--at = (char)('0' + number % 10);
-        number /= 10;
-    } while (number > 0);
-    write_text(" ");
-    write_text(at);
 }
 
 // What one layer of each kind does in a step, with or without a gradient of its input.

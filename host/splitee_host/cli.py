@@ -333,15 +333,14 @@ def build(
     if client is not None and client not in names:
         raise FleetError(f'{fleet_file}: no client "{client}": there are {", ".join(names)}')
     known = load_boards()
-    known_keys = keys.read(keys.file_of(fleet_file))
+    known_keys = keys.of_fleet(fleet_file, assembly.fleet.auth)
     usages = []
     for table in assembly.fleet.client:
         board = known[table.board]
         if client not in (None, table.name) or not board.firmware:
             continue
         member = assembly.member(table.name)
-        key = None if assembly.fleet.auth == "none" else known_keys.get(table.name)
-        firmware = build_firmware(member.build, board, to_c, out, key)
+        firmware = build_firmware(member.build, board, to_c, out, known_keys.get(table.name))
         typer.echo(
             f"{table.name}: {firmware.elf}: {firmware.flash_bytes:,} bytes of flash, "
             f"{firmware.ram_bytes:,} of RAM"
@@ -373,6 +372,7 @@ def train(
     from splitee.fleet import read
     from splitee.runs import Run, check
     from splitee_exporters.c import to_c
+    from splitee_host import keys
     from splitee_host.launch import Launcher
     from splitee_host.screen import final_table, memory_table
 
@@ -416,6 +416,7 @@ def train(
             run.resume(complete)
         else:
             run.begin(fleet_file.read_text(encoding="utf-8"))
+            keys.lend(fleet_file, run.fleet_file)
         earlier = run.seconds()
         summaries, usages = _train(console, assembly, run, launched, strategy, complete + 1)
     console.print(final_table(summaries))
@@ -822,7 +823,7 @@ def client(
         raise FleetError(f'{fleet_file}: no client "{name}": there are {", ".join(names)}')
     assembly = _assembly(fleet)
     member = assembly.member(name)
-    key = None if fleet.auth == "none" else keys.read(keys.file_of(fleet_file)).get(name)
+    key = keys.of_fleet(fleet_file, fleet.auth).get(name)
     if key is None and fleet.auth != "none" and keys.is_open_to_others(listen):
         raise KeyFileError(
             f"{listen}: others are on that network, too: run `splitee keys {fleet_file}` where the "

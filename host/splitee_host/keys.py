@@ -34,6 +34,8 @@ def read(path: Path) -> dict[str, bytes]:
 
     Raises KeyFileError when it is no file of keys, or others may read it.
     """
+    if path.is_symlink() and not path.exists():
+        raise KeyFileError(f"{path}: there are no keys at {path.readlink()} any more: restore them")
     if not path.exists():
         return {}
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -52,8 +54,25 @@ def read(path: Path) -> dict[str, bytes]:
     return keys
 
 
+def of_fleet(fleet_file: Path, auth: str) -> dict[str, bytes]:
+    """The keys that a fleet's clients are spoken to under, by client. auth: as it says there."""
+    return {} if auth == "none" else read(file_of(fleet_file))
+
+
+def lend(fleet_file: Path, copy: Path) -> None:
+    """Lets a copy of a fleet file have its keys, by a link: secrets are in one place."""
+    link, path = file_of(copy), file_of(fleet_file)
+    try:
+        link.unlink(missing_ok=True)
+        if path.exists():
+            link.symlink_to(path.resolve())
+    except OSError as error:
+        raise KeyFileError(f"{link}: {error.strerror}: may you write there?") from error
+
+
 def write(path: Path, keys: Mapping[str, bytes]) -> None:
     """Replaces a file of keys; only its owner may read it."""
+    path = path.resolve()  # where it is lent, the one that there is
     lines = [f'{name} = "{key.hex()}"\n' for name, key in keys.items()]
     temporary = path.with_name(path.name + ".new")
     try:

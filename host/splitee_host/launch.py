@@ -112,7 +112,7 @@ class Launcher:
         self._say = say
         self._known = boards.load_boards()
         # a board alone is checked without a fleet's file
-        self._keys = keys.read(keys.file_of(fleet_file)) if fleet_file.name else {}
+        self._keys = keys.of_fleet(fleet_file, assembly.fleet.auth) if fleet_file.name else {}
         self._ends = ExitStack()
 
     def __enter__(self) -> Launcher:
@@ -153,10 +153,9 @@ class Launcher:
 
     def _key_of(self, member: Member) -> bytes | None:
         """The key of a client; None where none is needed."""
-        if self._assembly.fleet.auth == "none":
-            return None
         key, link = self._keys.get(member.name), member.table.link
-        if key is None and link is not None and keys.is_open_to_others(link):
+        demanded = self._assembly.fleet.auth != "none" and link is not None
+        if key is None and demanded and keys.is_open_to_others(str(link)):
             raise KeyFileError(
                 f'client "{member.name}": others are on the network to {link}, too: run `splitee '
                 f"keys {self._fleet_file}` and load firmware that is built with its key, or say "

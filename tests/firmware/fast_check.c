@@ -6,6 +6,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "bench/text.h"        // words and numbers
 #include "core/port.h"         // link
 #include "kernels/fast/fast.h" // what is checked
 #include "kernels/kernels.h"   // what it is held to
@@ -14,22 +15,6 @@
 #define LAYERS 50
 
 // ---- what is written ----
-
-static void write_text(const char *text) {
-    port_write((const uint8_t *)text, strlen(text));
-}
-
-static void write_number(uint32_t number) {
-    char digits[12];
-    char *at = digits + sizeof digits - 1;
-    *at = '\0';
-    do {
-        *--at = (char)('0' + number % 10);
-        number /= 10;
-    } while (number > 0);
-    write_text(" ");
-    write_text(at);
-}
 
 static void write_count(const char *kernel, uint32_t count) {
     write_text(kernel);

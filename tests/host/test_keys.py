@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -148,6 +149,32 @@ def test_a_fleet_with_keys_learns_what_it_learns_without(fleet: Path) -> None:
     assert checkpoint.read_bytes() == without
     built_with = [source.parent for source in fleet.parent.rglob("key.c")]
     assert [stat.S_IMODE(folder.stat().st_mode) for folder in built_with] == [0o700]
+
+
+def test_a_run_that_goes_on_has_the_keys_that_it_began_with(
+    fleet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splitee("keys", fleet)
+    assert splitee("train", fleet).code == 0
+    run = fleet.parent / "runs" / "keyed"
+    used: dict[str, bytes | None] = {}
+    made = Device.__init__
+
+    def noting(self: Device, name: str, *arguments: Any, **named: Any) -> None:
+        used[name] = named.get("key")
+        made(self, name, *arguments, **named)
+
+    monkeypatch.setattr(Device, "__init__", noting)
+    assert splitee("train", "--resume", run).code == 0
+    assert used == keys.read(keys.file_of(fleet))
+    assert not any(key.hex() in path.read_text(errors="replace") for key in used.values() if key
+                   for path in run.iterdir() if not path.is_symlink())  # fmt: skip
+    splitee("keys", run / "fleet.toml", "--renew")  # there is one file, whichever way it is named
+    assert set(used.values()).isdisjoint(keys.read(keys.file_of(fleet)).values())
+    keys.file_of(fleet).unlink()
+    gone = splitee("train", "--resume", run)
+    assert gone.code == 1
+    assert "any more: restore them" in " ".join(gone.err.split())
 
 
 # ---- devices ----

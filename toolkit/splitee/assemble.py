@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -382,37 +383,24 @@ class Assembly:
         if states is None:
             states = {m.name: m.state for m in self.members if m.name in samples}
         fleet = self.fleet
+        how: dict[str, Any] = {
+            "batch": fleet.batch,
+            "aggregate": fleet.aggregate,
+            "period": fleet.period,
+            "rate": fleet.rate,
+            "states": states,
+            "rejoin_within": fleet.rejoin_within,
+            "round_deadline": fleet.round_deadline,
+        }
         if fleet.strategy == "sequential":
             server = self._server(self.members, device, "the server")
-            return Sequential(
-                clients,
-                server,
-                samples,
-                batch=fleet.batch,
-                aggregate=fleet.aggregate,
-                period=fleet.period,
-                rate=fleet.rate,
-                states=states,
-                rejoin_within=fleet.rejoin_within,
-                round_deadline=fleet.round_deadline,
-            )
+            return Sequential(clients, server, samples, **how)
         members = {m.name: m for m in self.members}
         servers = {
             c.name: self._server([members[c.name]], device, f'the server of client "{c.name}"')
             for c in clients
         }
-        return Averaging(
-            clients,
-            servers,
-            samples,
-            batch=fleet.batch,
-            aggregate=fleet.aggregate,
-            period=fleet.period,
-            rate=fleet.rate,
-            states=states,
-            rejoin_within=fleet.rejoin_within,
-            round_deadline=fleet.round_deadline,
-        )
+        return Averaging(clients, servers, samples, **how)
 
     def _server(self, members: Sequence[Member], device: str, name: str) -> Server:
         model: nn.Module = copy.deepcopy(self._model)
