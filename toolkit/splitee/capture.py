@@ -1,18 +1,19 @@
-"""torch -> Graph: reads a client's segment, layer by layer."""
+"""torch -> Graph: reads a client's segment, or the server's half, layer by layer."""
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from splitee.errors import ModelError
 from splitee.graph import Graph, Op
-from splitee.model import Segment
+from splitee.model import Cut, Segment, Tail
 from splitee.norms import FrozenBatchNorm2d
 from splitee.ops import OPS, Shape
 
@@ -23,6 +24,7 @@ _FUNCTIONS: dict[Any, str] = {
     torch.relu: "relu",
     F.relu: "relu",
     F.relu6: "relu6",
+    F.adaptive_avg_pool2d: "adaptive_pool",
     torch.flatten: "flatten",
     "add": "add",
     "relu": "relu",
@@ -59,6 +61,28 @@ class _Capture:
         self.shapes[name] = OPS[kind].shape(attrs, [self.shapes[i] for i in inputs], shapes)
         self.ops.append(op)
         return name
+
+    def graph(
+        self,
+        ops: Sequence[Op],
+        tensors: Mapping[str, Tensor],
+        cut: str,
+        exits: dict[str, str],
+        classes: int,
+    ) -> Graph:
+        """The graph of these operations; tensors tells which of the weights are trained."""
+        used = [name for op in ops for name in op.weights.values()]
+        trained = {n for n, t in tensors.items() if isinstance(t, nn.Parameter)}
+        return Graph(
+            input="input",
+            input_shape=self.shapes["input"],
+            ops=tuple(ops),
+            parameters={n: self.arrays[n] for n in used if n in trained},
+            statistics={n: self.arrays[n] for n in used if n not in trained},
+            cut=cut,
+            exits=exits,
+            classes=classes,
+        )
 
     def module(self, module: nn.Module, path: str, x: str) -> str:
         """Appends the operation of a layer; returns the name of its output."""
@@ -118,7 +142,7 @@ class _Capture:
             case nn.MaxPool2d() | nn.AvgPool2d():
                 return self.pool(module, path, x)
             case nn.AdaptiveAvgPool2d():
-                return self.adaptive_pool(module, path, x)
+                return self.adaptive_pool(module.output_size, path, x)
         raise ModelError(
             f"{path}: {type(module).__name__} has no operation here; the kinds are "
             f"{', '.join(OPS)}; cut above it or use another layer"
@@ -139,11 +163,9 @@ class _Capture:
             raise ModelError(f"{path}: only average pools that divide by the whole window")
         return self.add("avg_pool", path, [x], attrs, {})
 
-    def adaptive_pool(self, module: nn.AdaptiveAvgPool2d, path: str, x: str) -> str:
+    def adaptive_pool(self, output_size: Any, path: str, x: str) -> str:
         _, *size = self.shapes[x]
-        cells = [
-            s if c is None else c for s, c in zip(size, _pair(module.output_size), strict=True)
-        ]
+        cells = [s if c is None else c for s, c in zip(size, _pair(output_size), strict=True)]
         if any(s % c for s, c in zip(size, cells, strict=True)):
             raise ModelError(
                 f"{path}: an image of {size[0]}x{size[1]} does not divide into "
@@ -187,7 +209,11 @@ class _Capture:
                     f"{node.name}: only additions of two different tensors of one shape"
                 )
         scope = [path for path in node.meta.get("nn_module_stack", {}) if path]
-        return self.add(kind, prefix + ".".join([*scope[-1:], kind]), inputs, {}, {})
+        name = prefix + ".".join([*scope[-1:], kind])
+        if kind == "adaptive_pool":
+            (output_size,) = (*node.args[1:], *node.kwargs.values())
+            return self.adaptive_pool(output_size, name, inputs[0])
+        return self.add(kind, name, inputs, {}, {})
 
 
 def capture(segment: Segment, classes: int) -> Graph:
@@ -212,15 +238,24 @@ def capture(segment: Segment, classes: int) -> Graph:
     ordered: list[Op] = []
     for op in capture.ops:
         ordered += [op, *exit_ops.get(op.name, [])]
-    used = [name for op in ordered for name in op.weights.values()]
-    trained = {n for n, t in segment.tensors().items() if isinstance(t, nn.Parameter)}
-    return Graph(
-        input="input",
-        input_shape=segment.input_shape,
-        ops=tuple(ordered),
-        parameters={n: capture.arrays[n] for n in used if n in trained},
-        statistics={n: capture.arrays[n] for n in used if n not in trained},
-        cut=points[-1],
-        exits=exits,
-        classes=classes,
-    )
+    return capture.graph(ordered, segment.tensors(), points[-1], exits, classes)
+
+
+def capture_tail(tail: Tail, cut: Cut, classes: int, client: str = "") -> Graph:
+    """The graph of the server's half entered at a cut, to be run and written, not to be trained.
+
+    Its input is what arrives, which is its cut, too; its only exit is the network's output.
+    Raises ModelError, naming the layer, for one that has no operation, and for a client with a
+    bottleneck, whose mirror has none.
+    """
+    if tail.has_mirror(client):
+        raise ModelError(
+            f'client "{client}": its bottleneck is widened on the server by a transposed '
+            "convolution, which has no operation here"
+        )
+    capture = _Capture(cut.shape)
+    x = "input"
+    for stage in tail.behind(cut.name):
+        assert isinstance(stage, fx.GraphModule)
+        (x,) = capture.graph_module(stage, "", x)
+    return capture.graph(capture.ops, tail.tensors(cut.name), "input", {"output": x}, classes)

@@ -6,6 +6,7 @@ SpliteeError
 │   └── CutError        no such cut; lists those there are
 ├── FitError            a segment is larger than its board
 ├── BuildError          the firmware did not build
+├── ExportError         an exported file does not compute what the network does
 ├── MissingTool         a program that is needed is not installed
 ├── CheckpointError     a run cannot be written or read
 ├── NotFinite           a gradient or a loss is infinite or no number: the step was not taken
@@ -42,6 +43,10 @@ class FitError(SpliteeError):
 
 class BuildError(SpliteeError):
     """The firmware did not build."""
+
+
+class ExportError(SpliteeError):
+    """An exported file does not compute what the network does."""
 
 
 class MissingTool(SpliteeError):

@@ -64,6 +64,14 @@ class Graph:
         """Parameters, then statistics: everything the client's state holds beside momentum."""
         return {**self.parameters, **self.statistics}
 
+    def holding(self, weights: Mapping[str, Array]) -> Graph:
+        """This graph with other values of all its weights; further names are left out."""
+        return replace(
+            self,
+            parameters={name: weights[name] for name in self.parameters},
+            statistics={name: weights[name] for name in self.statistics},
+        )
+
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """The shape of one sample of every tensor."""

@@ -373,9 +373,17 @@ class Tail(nn.Module):
         """Logits (batch, classes) from what a client sends at that cut."""
         if client in self._mirrored:
             activations = self.mirrors[self._mirrored[client]](activations)
-        for stage in self.stages[self.entries[cut] :]:
+        for stage in self.behind(cut):
             (activations,) = stage(activations)
         return activations
+
+    def behind(self, cut: str) -> list[nn.Module]:
+        """The stages behind a cut; each returns a tuple with one tensor."""
+        return list(self.stages[self.entries[cut] :])
+
+    def has_mirror(self, client: str) -> bool:
+        """Whether what a client sends is widened first."""
+        return client in self._mirrored
 
     def tensors(self, cut: str | None = None) -> dict[str, Tensor]:
         """Parameters and statistics by their names in the whole network.
@@ -383,6 +391,6 @@ class Tail(nn.Module):
         With a cut, those behind it; otherwise also the mirrors', as bottleneck.<client>.*.
         """
         if cut:
-            return tensors_of([("", stage) for stage in self.stages[self.entries[cut] :]])
+            return tensors_of([("", stage) for stage in self.behind(cut)])
         mirrors = [(f"{own.PREFIX}{n}.", self.mirrors[i]) for n, i in self._mirrored.items()]
         return tensors_of([*(("", stage) for stage in self.stages), *mirrors])
