@@ -128,7 +128,11 @@ class Target:
 
 
 _FRAME = ("protocol/frame.c", "protocol/seal.c")
-_CORE = ("core/order.c", "core/step.c", "core/fused.c", *_FRAME, "protocol/codec.c")
+_CORE = (
+    *(f"core/{name}.c" for name in ("order", "trainer", "step", "fused")),
+    *_FRAME,
+    "protocol/codec.c",
+)
 _KERNELS = tuple(
     str(path.relative_to(ROOT / "firmware"))
     for path in sorted((ROOT / "firmware" / "kernels").glob("**/*.c"))

@@ -11,7 +11,7 @@
 #include "core/port.h"         // link and clock
 #include "core/segment.h"      // the network
 #include "core/session.h"      // whose requests
-#include "core/step.h"         // its update
+#include "core/trainer.h"      // its batches
 #include "kernels/kernels.h"   // normalize_forward
 #include "protocol/codec.h"    // tensors that cross the link
 #include "protocol/frame.h"    // frames
@@ -256,42 +256,26 @@ static void on_place(const uint8_t *body, size_t size) {
 
 // Copies count samples of the data order, from first on, to the input; 0 when a label is bad.
 static int load(size_t first, size_t count) {
-    const size_t size = segment.input_size;
-    const size_t area = size / segment.channels;
     for (size_t i = 0; i < count; i++) {
-        const uint8_t *record = segment.shard + segment.order[first + i] * (1 + size);
+        const uint8_t *record =
+            segment.shard + segment.order[first + i] * (1 + (size_t)segment.input_size);
         if (record[0] >= segment.classes) {
             refuse(ERROR_BAD_LABEL, record[0]);
             return 0;
         }
-        segment.labels[i] = record[0];
-        normalize_forward(segment.input + i * size, record + 1, segment.scale, segment.shift,
-                          segment.channels, area, 1);
+        trainer_put(i, record[0], record + 1);
     }
     return 1;
 }
 
-static int takes_part(struct step step) {
-    switch (step.part) {
-    case STEP_TRUNK:
-        return step.stage <= cut;
-    case STEP_EXIT:
-        return step.stage <= cut && step_exit_learns(step.stage, cut, upto);
-    default: // STEP_CUT
-        return step.stage == cut;
-    }
+// The segment computes between these two.
+static uint32_t start(void) {
+    sending.x = NULL;
+    return port_micros();
 }
 
-// Runs those of the steps start..stop-1 that the cut takes.
-static void run(unsigned start, unsigned stop, struct pass *over) {
-    const uint32_t before = port_micros();
-    sending.x = NULL;
-    for (unsigned step = start; step < stop; step++) {
-        if (takes_part(segment.steps[step])) {
-            segment_run(step, over);
-        }
-    }
-    compute_micros += port_micros() - before;
+static void stop(uint32_t started) {
+    compute_micros += port_micros() - started;
 }
 
 static void on_forward(const uint8_t *body, size_t size) {
@@ -328,21 +312,13 @@ static void on_forward(const uint8_t *body, size_t size) {
     if (!load(place.position, m.count)) {
         return;
     }
+    const uint32_t started = start();
     if (phase == IDLE) {
-        if (segment.gradients) {
-            memset(segment.gradients, 0, segment.parameter_size * sizeof(float));
-        }
-        pass = (struct pass){.learns = 1};
+        pass = (struct pass){.cut = cut, .upto = upto, .settings = &settings};
+        trainer_begin(&pass);
     }
-    pass.seen += pass.count;
-    pass.count = m.count;
-    pass.inverse_batch = 1.0f / (float)m.batch;
-    pass.exit_weight = settings.exit_weight;
-    pass.server_weight = settings.server_weight;
-    pass.labels = segment.labels;
-    pass.settings = &settings;
-    pass.cut = cut;
-    run(0, segment.forward_end, &pass);
+    trainer_forward(&pass, m.count, m.batch);
+    stop(started);
     place.position = (uint16_t)(place.position + m.count);
     phase = FORWARDED;
     answer_fields(MESSAGE_FORWARDED, MESSAGE_FORWARDED_SIZE);
@@ -363,8 +339,10 @@ static void on_infer(const uint8_t *body, size_t size) {
     }
     normalize_forward(segment.input, region_of(REGION_INPUT).base, segment.scale, segment.shift,
                       segment.channels, segment.input_size / segment.channels, m.count);
-    struct pass answers = {.count = m.count}; // beside that of a batch that is under way
-    run(0, segment.infer_end, &answers);
+    struct pass answers = {.cut = cut, .upto = upto}; // beside that of a batch that is under way
+    const uint32_t started = start();
+    trainer_infer(&answers, m.count);
+    stop(started);
     done();
 }
 
@@ -383,11 +361,9 @@ static void on_backward(const uint8_t *body, size_t size) {
             return;
         }
     }
-    if (!segment.gradients && step_finite(&pass.loss, 1) == 0) {
-        pass.failed = 1; // before any layer learns
-        pass.bad = NOT_FINITE_LOSS;
-    }
-    run(segment.forward_end, segment.backward_end, &pass);
+    const uint32_t started = start();
+    trainer_backward(&pass);
+    stop(started);
     phase = ACCUMULATED;
     done();
 }
@@ -399,17 +375,14 @@ static void on_step(const uint8_t *body, size_t size) {
         refuse(ERROR_OUT_OF_ORDER, phase);
         return;
     }
-    const uint32_t before = port_micros();
-    uint32_t bad = pass.bad;
-    const int taken =
-        segment.gradients ? step_take(cut, upto, pass.loss, &settings, &bad) : !pass.failed;
-    compute_micros += port_micros() - before;
+    const uint32_t started = start();
+    const int taken = trainer_step(&pass);
+    stop(started);
     phase = IDLE; // the next Forward begins a batch, also where this one taught nothing
     if (!taken) {
-        refuse(ERROR_NOT_FINITE, bad);
+        refuse(ERROR_NOT_FINITE, pass.bad);
         return;
     }
-    run(segment.backward_end, segment.step_end, &pass);
     place.steps++;
     const struct message_stepped s = {.loss = pass.loss, .correct = (uint16_t)pass.correct};
     message_stepped_pack(&s, answer.fields);
@@ -484,7 +457,9 @@ static void on_run(const uint8_t *body, size_t size) {
     } else if (m.start > m.stop || m.stop > segment.backward_end) {
         refuse(ERROR_BAD_STEP, segment.backward_end);
     } else if (m.start > 0 || reload()) {
-        run(m.start, m.stop, &pass);
+        const uint32_t started = start();
+        trainer_run(&pass, m.start, m.stop);
+        stop(started);
         phase = m.stop == segment.backward_end ? ACCUMULATED : phase;
         done();
     }

@@ -25,6 +25,7 @@ struct pass {
     float server_weight;   // weight of the server's gradient in the trunk
     const uint8_t *labels; // count labels
     uint8_t cut;           // the stage that it ends with, the exit of which reports
+    uint8_t upto;          // whether all exits up to the cut learn, or only the one at it
     float loss;       // out, added to: cross-entropy of the exit at the cut, in the batch's mean
     uint32_t correct; // out, added to: samples that this exit classified correctly
     const struct message_settings *settings; // what layers learn with that learn at once

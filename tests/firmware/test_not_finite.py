@@ -228,8 +228,8 @@ FAULTS = {
     ),
     "the batch goes on": (
         "device.c",
-        "        refuse(ERROR_NOT_FINITE, bad);\n",
-        "        refuse(ERROR_NOT_FINITE, bad);\n        phase = ACCUMULATED;\n",
+        "        refuse(ERROR_NOT_FINITE, pass.bad);\n",
+        "        refuse(ERROR_NOT_FINITE, pass.bad);\n        phase = ACCUMULATED;\n",
         "afterwards",
     ),
 }
