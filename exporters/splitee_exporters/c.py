@@ -389,6 +389,13 @@ class _Writer:
             return "NULL"
         return self.buffer(gradient(point))
 
+    def shard(self) -> Iterable[str]:
+        """Room for samples; none in a program that brings its own."""
+        samples, size = self.build.samples_max, self.build.record_size
+        if samples:
+            yield f"SEGMENT_SHARD static uint8_t shard[{samples * size}];"
+            yield f"SEGMENT_SHARD static uint16_t order[{samples}];"
+
     def parameters(self, ops: Iterable[Op]) -> int:
         """Number of values that these operations train."""
         names = {name for op in ops for name in op.weights.values()}
@@ -414,8 +421,7 @@ class _Writer:
             f"static float weights[{max(1, graph.weight_size)}] = {{",
             "    " + _literals(graph.flatten(graph.weights)),
             "};",
-            f"SEGMENT_SHARD static uint8_t shard[{build.samples_max * build.record_size}];",
-            f"SEGMENT_SHARD static uint16_t order[{build.samples_max}];",
+            *self.shard(),
             f"static uint8_t labels[{build.capacity}];",
             f"static const float scale[] = {{{_literals(np.array(build.scale))}}};",
             f"static const float shift[] = {{{_literals(np.array(build.shift))}}};",
@@ -445,8 +451,7 @@ class _Writer:
             f"    .gradients = {gradients},",
             f"    .momentum = {momentum},",
             f"    .input = {self.buffer(graph.input)},",
-            "    .shard = shard,",
-            "    .order = order,",
+            *(["    .shard = shard,", "    .order = order,"] if build.samples_max else []),
             "    .labels = labels,",
             "    .scale = scale,",
             "    .shift = shift,",

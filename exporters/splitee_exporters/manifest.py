@@ -11,7 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from splitee.graph import Graph
+from splitee.ops import Array
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -41,6 +44,16 @@ class File:
     verified: Verified
 
 
+def relative_error(found: Array, expected: Array) -> float:
+    """The largest difference as a share of the largest value; infinite where shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    wide = expected.astype(np.float64)
+    largest = float(np.abs(wide).max())
+    difference = float(np.abs(found - wide).max())
+    return difference / largest if largest else difference
+
+
 def made_by() -> tuple[str, str]:
     """Name and version of what writes the files."""
     return "hetero-splitee", importlib.metadata.version("hetero-splitee")
@@ -53,6 +66,7 @@ def write(folder: Path, model: str, cut: str, files: Sequence[File]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
+        (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
         (folder / file.name).write_bytes(file.data)
     manifest = {
         "format": FORMAT,

@@ -22,7 +22,7 @@ from splitee.errors import ExportError, MissingTool, ModelError
 from splitee.graph import Graph, Op
 from splitee.ops import Array
 from splitee.place import Build
-from splitee_exporters.manifest import File, Verified, made_by
+from splitee_exporters.manifest import File, Verified, made_by, relative_error
 
 try:
     import onnx
@@ -312,7 +312,7 @@ def verify(
         start += len(part)
         ran.add(len(part))
     found = {name: np.concatenate(values) for name, values in parts.items()}
-    errors = {name: _error(found[name], expected[name]) for name in exported.outputs}
+    errors = {name: relative_error(found[name], expected[name]) for name in exported.outputs}
     for name, error in errors.items():
         if not error <= tolerance:
             raise ExportError(
@@ -330,13 +330,3 @@ def verify(
         tolerance=tolerance,
         same_class=float(same.mean()),
     )
-
-
-def _error(found: Array, expected: Array) -> float:
-    """The largest difference as a share of the largest value; infinite where shapes differ."""
-    if found.shape != expected.shape:
-        return float("inf")
-    wide = expected.astype(np.float64)
-    largest = float(np.abs(wide).max())
-    difference = float(np.abs(found - wide).max())
-    return difference / largest if largest else difference

@@ -7,6 +7,10 @@
 
 struct message_settings; // protocol/messages.h
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 // Stands in front of the shard's arrays: where the board has a memory for them, the port's linker
 // script puts them there. By its name the section is one of .bss, which takes no flash.
 #ifdef SHARD_APART
@@ -75,7 +79,7 @@ struct segment {
     float *gradients;   // parameter_size values in the arena; NULL: layers learn at once (fused.h)
     float *momentum;    // parameter_size values in the arena, or NULL
     float *input;       // capacity x input_size, in the arena
-    uint8_t *shard;     // samples_max records of 1 + input_size bytes
+    uint8_t *shard;     // samples_max records of 1 + input_size bytes; NULL where that is 0
     uint16_t *order;    // samples_max places: this epoch's order
     uint8_t *labels;    // capacity labels of the part held
     const float *scale; // per channel: input = byte * scale + shift
@@ -86,5 +90,9 @@ extern const struct segment segment;
 
 // Runs a step on the part that pass describes.
 void segment_run(unsigned step, struct pass *pass);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -12,6 +12,10 @@
 
 #include "core/segment.h" // struct pass
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 // Puts an image (segment.input_size bytes, channel after channel) and its label at place i of the
 // part that runs next.
 void trainer_put(size_t i, uint8_t label, const uint8_t *image);
@@ -35,5 +39,9 @@ void trainer_infer(struct pass *pass, size_t count);
 
 // Runs those of the steps start..stop-1 that the pass takes.
 void trainer_run(struct pass *pass, unsigned start, unsigned stop);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif
