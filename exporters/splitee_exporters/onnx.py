@@ -37,7 +37,7 @@ OPSET = 21
 IR_VERSION = 10  # the one that came with that opset
 KINDS = (
     "conv2d", "linear", "group_norm", "batch_norm", "relu", "relu6", "add", "max_pool", "avg_pool",
-    "branch",
+    "conv_transpose2d", "branch",
 )  # fmt: skip
 IMAGES, ACTIVATIONS, LOGITS = "images", "activations", "logits"
 TOLERANCE = 1e-5  # of a tensor's largest value
@@ -150,6 +150,24 @@ class _Writer:
     def conv2d(self, op: Op) -> None:
         weights = self.weights(op, "weight", "bias")
         self.simple(op, "Conv", *weights, group=op.attrs["groups"], **self.window(op))
+
+    def conv_transpose2d(self, op: Op) -> None:
+        """What of the last windows lies outside of its size is padding at the end."""
+        rows, columns = (
+            n * k - size
+            for n, k, size in zip(
+                self.graph.shapes[op.inputs[0]][1:], op.attrs["kernel"], op.attrs["size"],
+                strict=True,
+            )
+        )  # fmt: skip
+        self.simple(
+            op,
+            "ConvTranspose",
+            *self.weights(op, "weight", "bias"),
+            kernel_shape=op.attrs["kernel"],
+            strides=op.attrs["stride"],
+            pads=[0, 0, rows, columns],
+        )
 
     def linear(self, op: Op) -> None:
         flat = f"{op.name}.flat"

@@ -149,6 +149,20 @@ def test_the_servers_half_computes_what_pytorch_does(kind: str, number: int) -> 
     assert found.error <= 1e-5
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_the_servers_half_widens_what_a_bottleneck_sends(stride: int) -> None:
+    torch.manual_seed(4)
+    network = Network(resnet("resnet8", "group"), (1, 8, 8))
+    cut, bottleneck = network.cut(1), Bottleneck(3, stride)
+    tail = Tail(network, [cut], {"one": bottleneck.mirror(cut.shape)}).eval()
+    sent = torch.randn(9, *bottleneck.shape(cut.shape))
+    with torch.no_grad():
+        expected = {"logits": tail(sent, cut.name, "one").numpy()}
+    exported = tail_to_onnx(capture_tail(tail, cut, 10, "one"), cut.name)
+    assert exported.nodes["ConvTranspose"] == 1
+    assert verify(exported, sent.numpy(), expected, "PyTorch").error <= 1e-5
+
+
 def test_frozen_norms_and_a_bottleneck_are_in_the_file() -> None:
     frozen = case("resnet8-batch-frozen", bottleneck=Bottleneck(3, 2))
     activations, logits = local(frozen, Settings(0.1)).infer(frozen.images.x)

@@ -11,7 +11,6 @@ from torch import nn
 
 from splitee.bottleneck import Bottleneck
 from splitee.capture import capture_tail
-from splitee.errors import ModelError
 from splitee.model import Network, Tail
 from toolkit import networks
 
@@ -48,13 +47,20 @@ def test_the_graph_of_the_servers_half_computes_what_pytorch_does(model: str, fi
     assert set(graph.statistics) == statistics
 
 
-def test_refuses_the_servers_half_of_a_client_with_a_bottleneck() -> None:
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_bottlenecks_mirror_comes_first(stride: int) -> None:
+    torch.manual_seed(4)
     network = Network(networks.resnet(), networks.SHAPE)
-    cut = network.cut(1)
-    tail = Tail(network, [cut], {"one": Bottleneck(2).mirror(cut.shape)})
-    with pytest.raises(ModelError, match=r'^client "one": its bottleneck is widened on the server'):
-        capture_tail(tail, cut, networks.CLASSES, "one")
-    assert capture_tail(tail, cut, networks.CLASSES, "two").logits == "fc"
+    cut, bottleneck = network.cut(1), Bottleneck(2, stride)
+    tail = Tail(network, [cut], {"one": bottleneck.mirror(cut.shape)}).eval()
+    sent = torch.randn(3, *bottleneck.shape(cut.shape))
+    graph = capture_tail(tail, cut, networks.CLASSES, "one")
+    assert {"bottleneck.one.widen.weight", "bottleneck.one.widen.bias"} <= set(graph.parameters)
+    found = graph.run(sent.double().numpy())[graph.logits]
+    with torch.no_grad():
+        expected = tail(sent, cut.name, "one").numpy()
+    assert not networks.far({"logits": found}, {"logits": expected})
+    assert not any("bottleneck" in n for n in capture_tail(tail, cut, 10, "two").weights)
 
 
 def test_a_graph_holds_other_weights_by_name() -> None:

@@ -46,6 +46,7 @@ class Mirror(nn.Module):
     def __init__(self, bottleneck: Bottleneck, cut: Sequence[int]) -> None:
         super().__init__()
         channels, self.height, self.width = cut
+        self.sent = bottleneck.shape(cut)  # what it widens
         stride = bottleneck.stride
         self.widen = nn.ConvTranspose2d(bottleneck.channels, channels, stride, stride)
         # as of a 1x1 convolution: each value is made of that many, however large the stride is

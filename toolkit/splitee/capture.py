@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from splitee.bottleneck import PREFIX, Mirror
 from splitee.errors import ModelError
 from splitee.graph import Graph, Op
 from splitee.model import Cut, Segment, Tail
@@ -175,6 +176,17 @@ class _Capture:
         attrs = {"kernel": kernel, "stride": kernel, "padding": [0, 0]}
         return self.add("avg_pool", path, [x], attrs, {})
 
+    def widen(self, mirror: Mirror, path: str, x: str) -> str:
+        """Appends a bottleneck's mirror."""
+        layer = mirror.widen
+        attrs = {
+            "kernel": _pair(layer.kernel_size),
+            "stride": _pair(layer.stride),
+            "size": [mirror.height, mirror.width],
+        }
+        weights = {role: (f"{path}.{role}", getattr(layer, role)) for role in ("weight", "bias")}
+        return self.add("conv_transpose2d", path, [x], attrs, weights)
+
     def graph_module(self, module: fx.GraphModule, prefix: str, x: str) -> list[str]:
         """Appends every node of a traced module; returns the names of its outputs."""
         names: dict[fx.Node, str] = {}
@@ -244,18 +256,16 @@ def capture(segment: Segment, classes: int) -> Graph:
 def capture_tail(tail: Tail, cut: Cut, classes: int, client: str = "") -> Graph:
     """The graph of the server's half entered at a cut, to be run and written, not to be trained.
 
-    Its input is what arrives, which is its cut, too; its only exit is the network's output.
-    Raises ModelError, naming the layer, for one that has no operation, and for a client with a
-    bottleneck, whose mirror has none.
+    client: whose bottleneck's mirror comes first, if it has one. Its input is what arrives, which
+    is its cut, too; its only exit is the network's output. Raises ModelError, naming the layer, for
+    one that has no operation.
     """
-    if tail.has_mirror(client):
-        raise ModelError(
-            f'client "{client}": its bottleneck is widened on the server by a transposed '
-            "convolution, which has no operation here"
-        )
-    capture = _Capture(cut.shape)
+    mirror = tail.mirror(client)
+    capture = _Capture(mirror.sent if mirror else cut.shape)
     x = "input"
+    if mirror:
+        x = capture.widen(mirror, f"{PREFIX}{client}.widen", x)
     for stage in tail.behind(cut.name):
         assert isinstance(stage, fx.GraphModule)
         (x,) = capture.graph_module(stage, "", x)
-    return capture.graph(capture.ops, tail.tensors(cut.name), "input", {"output": x}, classes)
+    return capture.graph(capture.ops, tail.tensors(), "input", {"output": x}, classes)

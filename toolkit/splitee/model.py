@@ -371,8 +371,8 @@ class Tail(nn.Module):
 
     def forward(self, activations: Tensor, cut: str, client: str = "") -> Tensor:
         """Logits (batch, classes) from what a client sends at that cut."""
-        if client in self._mirrored:
-            activations = self.mirrors[self._mirrored[client]](activations)
+        if mirror := self.mirror(client):
+            activations = mirror(activations)
         for stage in self.behind(cut):
             (activations,) = stage(activations)
         return activations
@@ -381,9 +381,13 @@ class Tail(nn.Module):
         """The stages behind a cut; each returns a tuple with one tensor."""
         return list(self.stages[self.entries[cut] :])
 
-    def has_mirror(self, client: str) -> bool:
-        """Whether what a client sends is widened first."""
-        return client in self._mirrored
+    def mirror(self, client: str) -> Mirror | None:
+        """What widens that which a client sends, if anything does."""
+        if client not in self._mirrored:
+            return None
+        mirror = self.mirrors[self._mirrored[client]]
+        assert isinstance(mirror, Mirror)
+        return mirror
 
     def tensors(self, cut: str | None = None) -> dict[str, Tensor]:
         """Parameters and statistics by their names in the whole network.

@@ -90,6 +90,15 @@ def _conv2d_scratch(attrs: Attrs, x: Shape, out: Shape) -> int:
     return min(4 * whole, SCRATCH_MAX)
 
 
+def _conv_transpose2d(attrs: Attrs, inputs: list[Array], weights: Weights) -> Array:
+    """Of windows that do not overlap; what of the last ones lies outside of its size is left."""
+    x, (height, width) = inputs[0], attrs["size"]
+    y = np.einsum("nchw,coij->nohiwj", x, weights["weight"], optimize=True)
+    n, channels, rows, kh, columns, kw = y.shape
+    whole: Array = y.reshape(n, channels, rows * kh, columns * kw) + weights["bias"][:, None, None]
+    return whole[..., :height, :width]
+
+
 def _group_norm(attrs: Attrs, inputs: list[Array], weights: Weights) -> Array:
     x = inputs[0]
     grouped = x.reshape(len(x), attrs["groups"], -1)
@@ -160,6 +169,14 @@ OPS: dict[str, Kind] = {
         shape=lambda a, x, w: (x[0][0], *_window(a, x[0][1:])),
         run=lambda a, x, w: _patches(x[0], a, 0.0).mean((-2, -1)),
     ),
+    # widens what a bottleneck has sent
+    "conv_transpose2d": Kind(
+        shape=lambda a, x, w: (w["weight"][1], *a["size"]),
+        run=_conv_transpose2d,
+        macs=lambda out, w: math.prod(out) * w["weight"][0],
+    ),
     # hands the trunk's tensor to an exit; its gradient is weighted on the way back
     "branch": Kind(shape=_same, run=lambda a, x, w: x[0]),
 }
+
+SERVER_ONLY = ("conv_transpose2d",)  # kinds that are run and written, but never trained on a client

@@ -1,13 +1,21 @@
-"""The bundled networks: CIFAR-style residual networks of 8, 18 and 20 layers.
+"""The bundled networks, and those of torchvision and of a user's own module.
 
-After He et al., arXiv 1512.03385 (section 4.2 for resnet8 and resnet20, with projection shortcuts);
-resnet18 is the ImageNet network with a 3x3 stem and no max pool, as is usual on 32x32 images.
+Bundled are CIFAR-style residual networks of 8, 18 and 20 layers, after He et al., arXiv 1512.03385
+(section 4.2 for resnet8 and resnet20, with projection shortcuts); resnet18 is the ImageNet network
+with a 3x3 stem and no max pool, as is usual on 32x32 images.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import sys
+from functools import partial
+from typing import Any
+
 from torch import Tensor, nn
 
+from splitee import vision
 from splitee.errors import ModelError
 
 # blocks in each stage, and the width of the first stage that the literature uses
@@ -91,13 +99,63 @@ def build(
     norm: str = "batch",
     classes: int = 10,
     channels: int = 3,
-) -> ResNet:
+) -> nn.Module:
     """The network called name; width is that of the first stage.
 
-    Raises ModelError for a name or a norm that does not exist. Weights come from torch's global
-    random state.
+    name: a bundled network, "torchvision:<model>" without weights, or "<module>:<function>", which
+    is called with those of classes, channels, width and norm that it takes. Raises ModelError for
+    a name or a norm that does not exist, and where a network cannot have what is asked for. Weights
+    come from torch's global random state.
     """
+    if norm not in NORMS:
+        raise ModelError(f'norm = "{norm}" is unknown: take one of {", ".join(NORMS)}')
+    source, _, member = name.partition(":")
+    if source == "torchvision" and member:
+        return _torchvision(member, width=width, norm=norm, classes=classes, channels=channels)
+    if member:
+        return _own(source, member, width=width, norm=norm, classes=classes, channels=channels)
     if name not in DEPTHS:
-        raise ModelError(f'model "{name}" is unknown: take one of {", ".join(DEPTHS)}')
+        raise ModelError(
+            f'model "{name}" is unknown: take one of {", ".join(DEPTHS)}, "torchvision:<model>" or '
+            '"<module>:<function>"'
+        )
     blocks, usual = DEPTHS[name]
     return ResNet(blocks, width or usual, norm, classes, channels)
+
+
+def _torchvision(
+    name: str, *, width: int | None, norm: str, classes: int, channels: int
+) -> nn.Module:
+    if width is not None or channels != 3:
+        raise ModelError(
+            f'model "torchvision:{name}" has a width of its own and takes images of 3 channels'
+        )
+    models = vision.models()
+    try:
+        builder = models.get_model_builder(name)
+    except ValueError as error:
+        raise ModelError(
+            f'torchvision has no model "{name}": take one of {", ".join(models.list_models())}'
+        ) from error
+    settings = {} if norm == "batch" else {"norm_layer": partial(normalisation, norm)}
+    try:
+        model: nn.Module = builder(num_classes=classes, **settings)
+    except TypeError as error:  # its builder takes no norm
+        raise ModelError(f'model "torchvision:{name}" has no norm = "{norm}"') from error
+    return model
+
+
+def _own(module: str, function: str, **settings: Any) -> nn.Module:
+    name = f'model "{module}:{function}"'
+    sys.path.insert(0, "")  # as python itself does: a module in the folder at hand is found
+    try:
+        make = getattr(importlib.import_module(module), function)
+        takes = inspect.signature(make).parameters
+        model = make(**{k: v for k, v in settings.items() if k in takes})
+    except Exception as error:  # whatever a user's module raises
+        raise ModelError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove("")
+    if isinstance(model, nn.Module):
+        return model
+    raise ModelError(f"{name} is a {type(model).__name__}: return a torch.nn.Module")
