@@ -27,6 +27,8 @@ fuzz: setup ## look for bytes that break the firmware's decoder or device, FUZZ_
 bench-kernels: setup ## count what each kernel costs on the emulated boards
 	@$(venv)/splitee bench kernels --board qemu-m4
 	@$(venv)/splitee bench kernels --board qemu-m55
+	@$(venv)/splitee bench kernels --board qemu-m4 --int8
+	@$(venv)/splitee bench kernels --board qemu-m55 --int8
 
 check: lint types test ## everything that continuous integration checks
 

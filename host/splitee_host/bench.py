@@ -16,7 +16,7 @@ from splitee_host.boards import Board
 from splitee_host.memory import Elf
 
 PARTS = ("forward", "dweight", "dinput", "update", "step", "step_without_dinput")
-REPEATS = 8  # as in firmware/bench/kernels.c and hash.c
+REPEATS = 8  # as in firmware/bench/kernels.c, int8.c and hash.c
 MEMORY = 1 << 19  # bytes of RAM, and of flash
 PATIENCE = 300.0  # seconds for the whole program
 
@@ -47,6 +47,30 @@ def kernels(board: Board, folder: Path) -> list[dict[str, Any]]:
                 "scratch_bytes": int(scratch),
                 "compiler": compiler(board),
                 "instructions": dict(zip(PARTS, counts, strict=True)),
+            }
+        )
+    return rows
+
+
+def int8_kernels(board: Board, folder: Path) -> list[dict[str, Any]]:
+    """Instructions of every kernel and shape of firmware/bench/int8.c, a row each.
+
+    Built and run as those of training are. Raises SpliteeError for a board that cannot count.
+    """
+    root = boards.firmware_root()
+    sources = [str(p.relative_to(root)) for p in sorted(root.glob("kernels/**/*int8*.c"))]
+    rows = []
+    for line in _measure(board, folder, "int8.c", sources):
+        kernel, shape, macs, scratch, micros = line.split()
+        rows.append(
+            {
+                "board": board.name,
+                "kernel": kernel,
+                "shape": shape,
+                "macs": int(macs),
+                "scratch_bytes": int(scratch),
+                "compiler": compiler(board),
+                "instructions": _instructions(micros),
             }
         )
     return rows

@@ -700,15 +700,19 @@ def verify(
 @bench_app.command("kernels")
 def bench_kernels(
     board: Annotated[str, typer.Option(help="An emulated board.")] = "qemu-m4",
+    int8: Annotated[bool, typer.Option("--int8", help="Of inference in 8 bits.")] = False,
     as_json: Json = False,
 ) -> None:
     """Count the instructions that each kernel takes in one training step of one sample."""
     from rich.table import Table
 
-    from splitee_host.bench import PARTS, kernels
+    from splitee_host.bench import PARTS, int8_kernels, kernels
     from splitee_host.boards import load_boards, look_up
 
     known = look_up(load_boards(), board)
+    if int8:
+        _print_int8(int8_kernels(known, BUILD / f"{known.name}-int8-kernels"), as_json=as_json)
+        return
     rows = kernels(known, BUILD / f"{known.name}-kernels")
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
@@ -729,6 +733,26 @@ def bench_kernels(
             per_mac,
             f"{row['scratch_bytes']:,}",
         )
+    _console().print(table)
+
+
+def _print_int8(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    from rich.table import Table
+
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    typer.echo(f"instructions on {rows[0]['board']}, {rows[0]['compiler']}; inference in 8 bits")
+    table = Table(box=None)
+    table.add_column("kernel")
+    table.add_column("shape")
+    for name in ("instructions", "a MAC", "scratch bytes"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        count = row["instructions"]
+        per_mac = f"{count / row['macs']:.2f}" if row["macs"] else ""
+        scratch = f"{row['scratch_bytes']:,}"
+        table.add_row(row["kernel"], row["shape"], f"{count:,}", per_mac, scratch)
     _console().print(table)
 
 

@@ -121,6 +121,34 @@ def test_two_runs_count_the_same(board: str, now: Measure, tmp_path: Path) -> No
     assert measured(board, tmp_path) == now(board)
 
 
+# Instructions a multiply-accumulate of inference in 8 bits. For comparison, CMSIS-NN on the
+# Cortex-M4: 4.77 and 2.33.
+INT8_BARS = {
+    ("qemu-m4", "3x16x32x32k3"): 3.8,
+    ("qemu-m4", "16x16x16x16k3"): 2.0,
+    ("qemu-m55", "16x16x16x16k3"): 0.45,
+}
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_no_kernel_in_8_bits_takes_one_percent_more_than_before(board: str, tmp_path: Path) -> None:
+    text = (FOLDER / f"kernels-int8-{board}.json").read_text(encoding="utf-8")
+    before: list[Row] = json.loads(text)
+    try:
+        after = bench.int8_kernels(boards.load_boards()[board], tmp_path)
+    except MissingTool as missing:
+        pytest.skip(str(missing))
+    if after[0]["compiler"] != before[0]["compiler"]:
+        pytest.skip(f"figures of {before[0]['compiler']} are committed")
+    renew = f"splitee bench kernels --int8 --board {board} --json > kernels-int8-{board}.json"
+    assert [key(row) for row in after] == [key(row) for row in before], renew
+    for old, new in zip(before, after, strict=True):
+        assert new["instructions"] <= 1.01 * old["instructions"] + CLOCK, (key(old), renew)
+        assert new["scratch_bytes"] <= min(old["scratch_bytes"], 4096)
+        if bar := INT8_BARS.get((board, new["shape"])):
+            assert new["instructions"] <= bar * new["macs"], key(new)
+
+
 def test_no_hash_takes_one_percent_more_than_before(tmp_path: Path) -> None:
     before: list[Row] = json.loads((FOLDER / "hash-qemu-m4.json").read_text(encoding="utf-8"))
     try:
