@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -24,11 +24,14 @@ from splitee_exporters.c import to_c
 from splitee_host import boards, exchange, keys, window
 from splitee_host.cli import main
 from splitee_host.device import Device
+from splitee_host.learner import Learner
 from splitee_host.link import Link, memory_pair
 from splitee_host.serve import serve
+from splitee_host.torch_learner import TorchLearner
 from step_harness import SETTINGS, Case
 
 ENDS = ("firmware", "python")
+EVERY_END = (*ENDS, "onnx")
 
 
 def built(case: Case, folder: Path, key: bytes | None = None) -> boards.Firmware:
@@ -52,6 +55,10 @@ def end(kind: str, case: Case, folder: Path) -> Iterator[Link]:
         with boards.start(boards.load_boards()["posix"], built(case, folder)) as running:
             yield running.link
         return
+    if kind == "onnx":
+        with served(onnx_learner(case.build, folder), case.build) as link:
+            yield link
+        return
     b = case.build
     segment = copy.deepcopy(case.segment)
     client = LocalClient(
@@ -61,14 +68,32 @@ def end(kind: str, case: Case, folder: Path) -> Iterator[Link]:
         yield link
 
 
+def onnx_learner(build: Build, folder: Path) -> Learner:
+    """The case's segment in ONNX Runtime; exported once in a folder."""
+    for module in ("onnx", "onnxruntime"):
+        pytest.importorskip(module)
+    from splitee_exporters.onnx_train import write_client
+    from splitee_host.onnx_learner import OnnxLearner
+
+    place = folder / f"onnx-{build.checksum:08x}"
+    if not place.exists():
+        write_client(build, place)
+    return OnnxLearner(place)
+
+
+def serving(client: LocalClient, build: Build) -> AbstractContextManager[Link]:
+    """A client in torch, served."""
+    return served(TorchLearner(client), build)
+
+
 @contextmanager
-def serving(client: LocalClient, build: Build) -> Iterator[Link]:
+def served(learner: Learner, build: Build) -> Iterator[Link]:
     """What `splitee client` does, in a thread: the link to it."""
     near, far = memory_pair()
 
     def work() -> None:
         with far:  # closed also when serving fails, so that nobody waits for an answer
-            serve(far, client, build)
+            serve(far, learner, build)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         served = pool.submit(work)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from splitee.edge import ACTIVATIONS, IMAGES, LABELS, LOGITS
 from splitee.errors import ExportError, MissingTool, ModelError
 from splitee.graph import Graph, Op
 from splitee.ops import Array
@@ -39,7 +40,7 @@ KINDS = (
     "conv2d", "linear", "group_norm", "batch_norm", "relu", "relu6", "add", "max_pool", "avg_pool",
     "conv_transpose2d", "branch",
 )  # fmt: skip
-IMAGES, ACTIVATIONS, LOGITS = "images", "activations", "logits"
+INPUT = "images.input"  # what the first nodes make of images
 TOLERANCE = 1e-5  # of a tensor's largest value
 
 
@@ -89,8 +90,14 @@ class Exported:
         return File(f"{self.name}.onnx", self.data, self.graph, interface, verified)
 
 
-class _Writer:
-    def __init__(self, graph: Graph, outputs: Mapping[str, str]) -> None:
+class Nodes:
+    """Nodes that are written from a graph, and the constants that they take."""
+
+    def __init__(self, graph: Graph, outputs: Mapping[str, str], input: str) -> None:
+        """outputs: their names, and which of the graph's tensors they are. input: its name.
+
+        Raises ModelError, naming the operation, for a kind that has no node.
+        """
         for op in graph.ops:
             if op.kind not in KINDS:
                 raise ModelError(
@@ -98,20 +105,64 @@ class _Writer:
                 )
         self.graph = graph
         self.nodes: list[Any] = []
-        self.initialisers = [
-            numpy_helper.from_array(np.ascontiguousarray(value, np.float32), name)
-            for name, value in graph.weights.items()
-        ]
+        self.constants: dict[str, Any] = {}
         # the ONNX name of every tensor; with a point in them, ours never meet those of outputs
-        self.names = {op.name: f"{op.name}.out" for op in graph.ops}
+        self.names = {graph.input: input, **{op.name: f"{op.name}.out" for op in graph.ops}}
         self.names |= {tensor: name for name, tensor in outputs.items() if tensor in self.names}
+        for op in graph.ops:
+            if op.kind == "branch":  # only training knows of it: an exit reads the trunk's tensor
+                self.names[op.name] = self.names[op.inputs[0]]
 
-    def node(self, kind: str, name: str, inputs: Sequence[str], output: str, **attrs: Any) -> None:
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=name, **attrs))
+    def node(
+        self, kind: str, name: str, inputs: Sequence[str], *outputs: str, **attrs: Any
+    ) -> None:
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, **attrs))
 
     def constant(self, name: str, value: Array) -> str:
-        self.initialisers.append(numpy_helper.from_array(value, name))
+        self.constants[name] = numpy_helper.from_array(value, name)
         return name
+
+    def value(self, kind: str, output: str, *inputs: str, **attrs: Any) -> str:
+        """A node with one output, which is called as it is."""
+        self.node(kind, output, inputs, output, **attrs)
+        return output
+
+    def number(self, value: float) -> str:
+        """A float32, once for all that take it."""
+        return self.constant(f"the number {value!r}", np.array(value, np.float32))
+
+    def integers(self, *values: int) -> str:
+        """A vector of int64: a shape, or axes."""
+        return self.constant(f"the integers {list(values)}", np.array(values, np.int64))
+
+    def channels(self, vector: str, output: str) -> str:
+        """A value a channel, in a form that goes with images: (channels, 1, 1)."""
+        return self.value("Reshape", output, vector, self.integers(-1, 1, 1))
+
+    def count(self) -> str:
+        """The int64 number of samples, by their labels."""
+        return self.once("Size", "samples.count", LABELS)
+
+    def samples(self) -> str:
+        """The float32 number of samples, by their labels."""
+        return self.once("Cast", "samples.float", self.count(), to=TensorProto.FLOAT)
+
+    def once(self, kind: str, output: str, *inputs: str, **attrs: Any) -> str:
+        """The same as ``value``, unless it is there."""
+        if not any(output in node.output for node in self.nodes):
+            self.value(kind, output, *inputs, **attrs)
+        return output
+
+    def window(self, op: Op) -> dict[str, Any]:
+        (top, left), kernel, strides = (op.attrs[a] for a in ("padding", "kernel", "stride"))
+        return {"kernel_shape": kernel, "strides": strides, "pads": [top, left, top, left]}
+
+    def weights(self, op: Op, *roles: str) -> list[str]:
+        return [op.weights[role] for role in roles if role in op.weights]
+
+
+class Inference(Nodes):
+    """Every operation forward, as it is outside training."""
 
     def images(self, scale: Sequence[float], shift: Sequence[float]) -> None:
         """Bytes become the network's input, by the steps that a client takes."""
@@ -122,8 +173,7 @@ class _Writer:
         )
         self.node("Cast", "images.cast", [IMAGES], "images.float", to=TensorProto.FLOAT)
         self.node("Mul", "images.mul", ["images.float", factor], "images.scaled")
-        self.node("Add", "images.add", ["images.scaled", summand], "images.input")
-        self.names[self.graph.input] = "images.input"
+        self.node("Add", "images.add", ["images.scaled", summand], INPUT)
 
     def between(self, outputs: Mapping[str, str]) -> Iterable[tuple[str, str]]:
         """The tensors that are no output, and their names in the file."""
@@ -139,13 +189,6 @@ class _Writer:
         """One node that takes the operation's inputs, then more, and has its name and output."""
         inputs = [*(self.names[x] for x in op.inputs), *more]
         self.node(kind, op.name, inputs, self.names[op.name], **attrs)
-
-    def window(self, op: Op) -> dict[str, Any]:
-        (top, left), kernel, strides = (op.attrs[a] for a in ("padding", "kernel", "stride"))
-        return {"kernel_shape": kernel, "strides": strides, "pads": [top, left, top, left]}
-
-    def weights(self, op: Op, *roles: str) -> list[str]:
-        return [op.weights[role] for role in roles if role in op.weights]
 
     def conv2d(self, op: Op) -> None:
         weights = self.weights(op, "weight", "bias")
@@ -204,8 +247,7 @@ class _Writer:
         self.simple(op, "AveragePool", count_include_pad=1, **self.window(op))
 
     def branch(self, op: Op) -> None:
-        """Only training knows of it: an exit reads the trunk's tensor."""
-        self.names[op.name] = self.names[op.inputs[0]]
+        """No node: it is the trunk's tensor."""
 
 
 def _value(name: str, kind: int, shape: Sequence[int]) -> Any:
@@ -218,19 +260,19 @@ def _exported(exported: Exported, title: str, notes: str) -> Exported:
     Raises ModelError, naming the operation, for a kind that has no node.
     """
     graph = exported.graph
-    writer = _Writer(graph, exported.outputs)
+    writer = Inference(graph, exported.outputs, INPUT if exported.scale else ACTIVATIONS)
     if exported.scale:
         writer.images(exported.scale, exported.shift)
-    else:
-        writer.names[graph.input] = ACTIVATIONS
     writer.operations()
+    for name, value in graph.weights.items():
+        writer.constant(name, np.ascontiguousarray(value, np.float32))
     kind = TensorProto.UINT8 if exported.scale else TensorProto.FLOAT
     body = helper.make_graph(
         writer.nodes,
         title,
         [_value(exported.input, kind, graph.input_shape)],
         [_value(n, TensorProto.FLOAT, graph.shapes[t]) for n, t in exported.outputs.items()],
-        writer.initialisers,
+        list(writer.constants.values()),
         doc_string=notes,
         # ONNX itself infers no shape behind a group norm
         value_info=[
@@ -238,12 +280,13 @@ def _exported(exported: Exported, title: str, notes: str) -> Exported:
             for tensor, name in writer.between(exported.outputs)
         ],
     )
-    model = helper.make_model(
-        body,
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-    )
-    return replace(exported, data=finished(model, graph))
+    return replace(exported, data=finished(model_of(body), graph))
+
+
+def model_of(body: Any) -> Any:
+    """The ModelProto of a GraphProto."""
+    opsets = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION)
 
 
 def finished(model: Any, graph: Graph) -> bytes:

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from splitee.edge import IMAGES
 from splitee.errors import ExportError
 from splitee.fold import fold
 from splitee.ops import Array
 from splitee.place import Build
-from splitee_exporters.onnx import IMAGES, Exported, finished, read, segment_to_onnx
+from splitee_exporters.onnx import Exported, finished, read, segment_to_onnx
 
 # behind the exporter, which says by name what is not installed
 import onnx  # isort: skip

@@ -1,7 +1,7 @@
 """The Python client's end of the link: answers the same requests as the firmware does.
 
 ``splitee client`` runs this on an edge computer. It differs from ``firmware/core/device.c`` only
-in what lies below: torch instead of the C kernels.
+in what lies below: a ``Learner`` instead of the C kernels, in torch or in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from splitee.client import LocalClient, Part, Place, Settings, State
-from splitee.codec import KINDS, PLAIN, Codec, Kind
+from splitee.codec import KINDS, Codec, Kind
 from splitee.data import Images
 from splitee.errors import LinkClosed, NotFinite
 from splitee.ops import Array
 from splitee.place import Build
+from splitee.state import Place, Settings
+from splitee_host.learner import Learner
 from splitee_host.link import Link
 from splitee_host.wire import messages as m
 from splitee_host.wire.frame import Frame, FrameReader, encode
@@ -43,9 +42,9 @@ class _Refusal(Exception):
     detail: int = 0
 
 
-def serve(link: Link, client: LocalClient, build: Build, key: bytes | None = None) -> None:
+def serve(link: Link, learner: Learner, build: Build, key: bytes | None = None) -> None:
     """Answers requests until the host closes the link. key: 32 bytes that the host has, too."""
-    server = _Server(client, build, key)
+    server = _Server(learner, build, key)
     try:
         while True:
             for answer in server.receive(link.read(3600.0)):
@@ -66,11 +65,9 @@ class _Session:
 class _Server:
     """The state machine of session.c and device.c: idle, or after a forward or a backward."""
 
-    def __init__(self, client: LocalClient, build: Build, key: bytes | None) -> None:
-        self._client = client
-        self._client.discard()  # what an earlier host has left
-        self._client.coding = PLAIN  # what crosses the link is coded here
-        self._client.unsure = None  # the host chooses what it fetches
+    def __init__(self, learner: Learner, build: Build, key: bytes | None) -> None:
+        self._learner = learner
+        self._learner.discard()  # what an earlier host has left
         self._build = build
         graph = build.graph
         self._shard = bytearray(build.samples_max * build.record_size)
@@ -81,7 +78,7 @@ class _Server:
         self._coded: bytes | None = None  # of the activations held, once asked for
         self._select(len(build.stages), upto=True)
         self._phase = 0  # 0 idle, 1 after Forward, 2 after Backward
-        self._part: Part | None = None
+        self._count = 0  # samples of the part that is held
         self._key = key
         self._reader = FrameReader(RECEIVE_MAX + 64, self._sealing_of if key else None)
         self._active, self._greeted = _Session(), _Session()
@@ -136,7 +133,7 @@ class _Server:
             self._active, self._greeted = session, _Session()
             self._nonce = None
             self._phase = 0
-            self._client.discard()
+            self._learner.discard()
         again = not opens and ahead == 0
         session.sequence = sequence
         moves = frame.code in _MOVES
@@ -211,7 +208,7 @@ class _Server:
         if self._key:
             key = session_key(self._key, hello.nonce, self._nonce, frame.session)
         self._greeted = _Session(frame.session, 0, key)
-        place = self._client.place
+        place = self._learner.place
         return m.Welcome(
             schema=m.schema(),
             segment=self._build.checksum,
@@ -237,7 +234,8 @@ class _Server:
     def _select(self, cut: int, *, upto: bool) -> None:
         stage = self._build.stages[cut - 1]
         # of a cut that stays, all exits there are belong to the segment
-        self._client.move(stage.cut, upto=upto or not self._build.moves)
+        self._learner.move(stage.cut, upto=upto or not self._build.moves)
+        self._shape = self._build.graph.shapes[stage.point]  # of a sample's activations
         elements = self._build.graph.elements(stage.point)
         size = 4 * self._build.capacity * elements
         self._gradient, self._activations = bytearray(size), bytearray(size)
@@ -262,7 +260,7 @@ class _Server:
     def _settings(self, s: m.Settings) -> None:
         if s.momentum and not self._build.momentum:
             raise _Refusal(m.Error.NO_MOMENTUM)
-        self._client.settings = Settings(
+        self._learner.settings = Settings(
             s.learning_rate, s.momentum, s.weight_decay, s.exit_weight, s.server_weight, s.clip
         )
 
@@ -270,19 +268,17 @@ class _Server:
         if place.samples > self._build.samples_max or place.position > place.samples:
             raise _Refusal(m.Error.TOO_MANY_SAMPLES, self._build.samples_max)
         self._phase = 0
-        self._client.discard()
+        self._learner.discard()
         size = self._build.record_size
         held = np.frombuffer(self._shard, np.uint8)[: place.samples * size].reshape(-1, size)
         shape = self._build.graph.input_shape
         images = Images(held[:, 1:].reshape(-1, *shape).copy(), held[:, 0].copy())
-        state = self._client.state()
-        momentum = state.momentum if place.steps else {}
-        self._client.start(State(state.weights, momentum, place), images)
+        self._learner.begin(place, images)
 
     def _forward(self, count: int, batch: int) -> m.Forwarded:
         if self._phase == 1:
             raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
-        place = self._client.place
+        place = self._learner.place
         if place.samples == 0:
             raise _Refusal(m.Error.NO_DATA)
         if not 0 < count <= min(self._build.capacity, batch):
@@ -290,14 +286,14 @@ class _Server:
         left = place.samples - place.position or place.samples
         if count > left:
             raise _Refusal(m.Error.TOO_MANY_SAMPLES, left)
-        labels = self._client.upcoming(count).y
+        labels = self._learner.upcoming(count).y
         bad = labels[labels >= self._build.graph.classes]
         if bad.size:
             raise _Refusal(m.Error.BAD_LABEL, int(bad[0]))
-        part = self._client.forward(count, batch)
-        _put(self._activations, part.activations)
-        _put(self._logits, self._client.logits)
-        self._part = part
+        activations, logits = self._learner.forward(count, batch)
+        _put(self._activations, activations)
+        _put(self._logits, logits)
+        self._count = count
         self._phase = 1
         return m.Forwarded(bytes(labels.tolist()))
 
@@ -308,19 +304,17 @@ class _Server:
             raise _Refusal(m.Error.TOO_MANY_SAMPLES, self._build.capacity)
         shape = (self._build.capacity, *self._build.graph.input_shape)
         images = np.frombuffer(bytes(self._images), np.uint8).reshape(shape)[:count]
-        activations, logits = self._client.infer(images)
+        activations, logits = self._learner.infer(images)
         _put(self._activations, activations)
         _put(self._logits, logits)
 
     def _backward(self) -> None:
-        if self._phase != 1 or self._part is None:
+        if self._phase != 1:
             raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
         gradient = None
-        if self._client.settings.wants_gradient:
-            sent = self._part.activations
-            values = self._sent_gradient(len(sent))
-            gradient = torch.from_numpy(values).reshape(sent.shape)
-        self._client.backward(gradient)
+        if self._learner.settings.wants_gradient:
+            gradient = self._sent_gradient(self._count).reshape(self._count, *self._shape)
+        self._learner.backward(gradient)
         self._phase = 2
 
     def _sent_gradient(self, count: int) -> Array:
@@ -342,7 +336,7 @@ class _Server:
             raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
         self._phase = 0
         try:
-            stepped = self._client.step()
+            stepped = self._learner.step()
         except NotFinite as error:
             detail = m.NOT_FINITE_LOSS
             if error.tensor:
@@ -356,9 +350,9 @@ class _Server:
         for region in sorted(self._written):
             values = np.frombuffer(bytes(self._floats[region]), "<f4")
             if region == m.Region.WEIGHTS:
-                self._client.load_weights(graph.unflatten(values), every=True)
+                self._learner.load_weights(graph.unflatten(values))
             else:
-                self._client.load_momentum(graph.unflatten_parameters(values), every=True)
+                self._learner.load_momentum(graph.unflatten_parameters(values))
         self._written.clear()
         self._floats.clear()
 
@@ -390,14 +384,14 @@ class _Server:
         return found
 
     def _read_floats(self, region: int) -> bytearray:
-        graph, client = self._build.graph, self._client
+        graph, learner = self._build.graph, self._learner
         if region == m.Region.WEIGHTS:
-            return bytearray(graph.flatten(client.state(every=True).weights).tobytes())
+            return bytearray(graph.flatten(learner.weights()).tobytes())
         if region == m.Region.GRADIENTS:
-            return bytearray(graph.flatten_parameters(client.gradients(every=True)).tobytes())
+            return bytearray(graph.flatten_parameters(learner.gradients()).tobytes())
         if not self._build.momentum:
             return bytearray()
-        momentum = client.state(every=True).momentum
+        momentum = learner.momentum()
         if not momentum:  # a setting of 0 makes no use of it
             return bytearray(4 * graph.parameter_size)
         return bytearray(graph.flatten_parameters(momentum).tobytes())
@@ -426,7 +420,7 @@ class _Server:
             self._written.add(region)
 
     def _counters(self) -> m.Counters:
-        p = self._client.place
+        p = self._learner.place
         micros = int(self._compute_seconds * 1e6) & 0xFFFFFFFF
         return m.Counters(
             p.samples, p.position, p.seed, p.epoch, p.steps, self._frames, self._reader.bad,
@@ -434,8 +428,8 @@ class _Server:
         )  # fmt: skip
 
 
-def _put(buffer: bytearray, tensor: Tensor) -> None:
-    values = tensor.detach().cpu().numpy().astype("<f4").tobytes()
+def _put(buffer: bytearray, tensor: Array) -> None:
+    values = tensor.astype("<f4").tobytes()
     buffer[: len(values)] = values
 
 

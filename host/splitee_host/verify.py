@@ -8,7 +8,7 @@ step in float64, by autograd and torch.optim.SGD.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from splitee.client import Settings
 from splitee.data import Images, draw_order
 from splitee.graph import Graph
 from splitee.model import Segment
 from splitee.norms import FrozenBatchNorm2d
 from splitee.ops import Array
 from splitee.place import Build
+from splitee.state import Place, Settings
 from splitee.steps import gradient, tensor_of
 from splitee_host.device import Device
+from splitee_host.learner import Learner
 from splitee_host.wire import messages as m
 
 TOLERANCE = 1e-5
@@ -58,8 +59,7 @@ def compare(
     """
     sent = None
     if settings.wants_gradient:
-        shape = device.graph.shapes[device.graph.cut]
-        sent = torch.randn(count, *shape, generator=torch.Generator().manual_seed(1)) / count
+        sent = _from_server(count, device.graph.shapes[device.graph.cut])
     mine = step_on_device(device, count, sent)
     part = images[draw_order(len(images), seed, 0)[:count]]
     active = segment.at(device.cut, upto=device.upto)
@@ -69,6 +69,33 @@ def compare(
     found = [Difference(n, relative_error(mine, theirs, n), bar) for n in compared]
     # NaN is the worst of all, and sorts nowhere by itself
     return sorted(found, key=lambda d: -np.inf if np.isnan(d.error) else -d.error)
+
+
+def compare_learner(
+    learner: Learner, segment: Segment, build: Build, images: Images, settings: Settings, count: int
+) -> list[Difference]:
+    """The same for a client of this process, at its deepest cut: what goes in and out of a step.
+
+    It is left with other weights, and in another place. segment: with the weights to begin with.
+    """
+    cut = build.stages[-1].cut
+    learner.move(cut, upto=True)
+    graph, place = build.graph, Place(len(images), seed=0)
+    sent = _from_server(count, graph.shapes[graph.cut]) if settings.wants_gradient else None
+    learner.load_weights({n: t.detach().cpu().numpy() for n, t in segment.tensors().items()})
+    learner.settings = settings
+    learner.begin(place, images)
+    sizes = [min(build.capacity, count - i) for i in range(0, count, build.capacity)]
+    mine = step_of_learner(learner, sizes, sent)
+    part = images[draw_order(place.samples, place.seed, place.epoch)[:count]]
+    theirs = step_in_torch(segment, build, part, settings, sent)
+    found = [Difference(n, relative_error(mine, theirs, n)) for n in mine]
+    return sorted(found, key=lambda d: -np.inf if np.isnan(d.error) else -d.error)
+
+
+def _from_server(count: int, shape: tuple[int, ...]) -> Tensor:
+    """Something that the server could send."""
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(1)) / count
 
 
 def tolerance(build: Build) -> float:
@@ -125,6 +152,29 @@ def step_on_device(device: Device, count: int, sent: Tensor | None) -> dict[str,
     state = device.state()
     tensors |= {f"updated {n}": w for n, w in state.weights.items()}
     tensors |= {f"momentum of {n}": v for n, v in state.momentum.items()}
+    return tensors
+
+
+def step_of_learner(
+    learner: Learner, sizes: Sequence[int], sent: Tensor | None
+) -> dict[str, Array]:
+    """What goes in and out of one step on a batch in parts; sent is the server's gradient."""
+    activations: list[Array] = []
+    start = 0
+    for size in sizes:
+        activations.append(learner.forward(size, sum(sizes))[0])
+        part = None if sent is None else sent[start : start + size].numpy()
+        learner.backward(part)
+        start += size
+    tensors: dict[str, Array] = {"sent": np.concatenate(activations)}
+    learnt = learner.gradients()
+    tensors["loss"] = np.array(learner.step().loss)
+    for what, values in (
+        ("gradient of", learnt),
+        ("updated", learner.weights()),
+        ("momentum of", learner.momentum()),
+    ):
+        tensors |= {f"{what} {name}": value for name, value in values.items()}
     return tensors
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from host_harness import ENDS, end, host
+from host_harness import EVERY_END, end, host
 from splitee.client import Client, State
 from step_harness import SETTINGS, Case, case, local
 
@@ -35,7 +35,7 @@ def assert_close(mine: State, theirs: State) -> None:
 
 
 @pytest.mark.parametrize(("the_case", "parts"), MODES)
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_every_kind_of_client_learns_as_torch_does(
     kind: str, the_case: Case, parts: tuple[int, ...], folder: Path
 ) -> None:
@@ -54,7 +54,7 @@ def test_every_kind_of_client_learns_as_torch_does(
 
 
 @pytest.mark.parametrize(("the_case", "parts"), MODES)
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_images_are_answered_by_the_running_statistics_and_teach_nothing(
     kind: str, the_case: Case, parts: tuple[int, ...], folder: Path
 ) -> None:
@@ -76,7 +76,7 @@ def test_images_are_answered_by_the_running_statistics_and_teach_nothing(
     assert all(np.array_equal(after.weights[n], w) for n, w in before.weights.items())
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_images_between_two_parts_do_not_disturb_the_statistics(kind: str, folder: Path) -> None:
     states = []
     for asked in (False, True):
@@ -93,7 +93,7 @@ def test_images_between_two_parts_do_not_disturb_the_statistics(kind: str, folde
     assert all(np.array_equal(states[0][n], w) for n, w in states[1].items())
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_batch_left_half_done_leaves_no_statistics(kind: str, folder: Path) -> None:
     states = []
     for disturbed in (False, True):

@@ -420,6 +420,11 @@ def test_build_refuses_a_client_that_there_is_not(workplace: Path) -> None:
     assert text == 'error: fleet.toml: no client "z": there are a'
 
 
+def test_client_asks_which_of_a_fleets_clients_it_is(workplace: Path) -> None:
+    text = refused("client", written(TINY))
+    assert text == "error: fleet.toml: --name says which of its clients this is: there are a"
+
+
 def test_client_refuses_a_name_that_there_is_not(workplace: Path) -> None:
     text = refused("client", written(TINY), "--name", "z")
     assert text == 'error: fleet.toml: no client "z": there are a'

@@ -20,6 +20,7 @@ from splitee_host.device import Device
 from splitee_host.exchange import Exchange
 from splitee_host.link import Link, memory_pair
 from splitee_host.serve import _Server
+from splitee_host.torch_learner import TorchLearner
 from splitee_host.window import MANNERS, RoundTrip, Window
 from splitee_host.wire import messages as m
 from splitee_host.wire.frame import Frame, FrameReader, encode
@@ -86,7 +87,7 @@ class Here:
 
     def reset(self) -> None:
         """The device restarts: it knows of no session, and of no samples."""
-        self.server = _Server(self._client, CASE.build, self._key)
+        self.server = _Server(TorchLearner(self._client), CASE.build, self._key)
 
     def write(self, data: bytes) -> None:
         self.requests.append(data)
@@ -482,7 +483,7 @@ def test_a_session_that_was_heard_cannot_be_played_to_a_device_that_was_reset() 
         while link.read(0.0):
             pass
     assert link.server._active.number == 0
-    assert link.server._client.place.steps == 3  # of torch's own, not of what was replayed
+    assert link.server._learner.place.steps == 3  # of torch's own, not of what was replayed
 
 
 def test_a_host_takes_no_answer_of_another_key() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from host_harness import ENDS, Recorder, differences, end, host
+from host_harness import EVERY_END, Recorder, differences, end, host
 from splitee.client import Client, Place, State, Stepped
 from splitee.errors import CutError, DeviceRefused
 from splitee_host.device import Device
@@ -36,7 +36,7 @@ def train(client: Client, steps: int) -> list[Stepped]:
     return done
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_trains_at_every_cut_as_torch_does(kind: str, folder: Path) -> None:
     reference = local(CASE, BOTH)
     with end(kind, CASE, folder) as link:
@@ -67,7 +67,7 @@ def every(device: Device) -> tuple[bytes, bytes]:
     )
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_moving_changes_no_layer(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
         device = host(link, CASE, BOTH)
@@ -80,7 +80,7 @@ def test_moving_changes_no_layer(kind: str, folder: Path) -> None:
         assert differences(device.state(), before[1]) == []
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_state_is_of_the_layers_up_to_the_cut(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
         device = host(link, CASE, BOTH)
@@ -99,7 +99,7 @@ def test_a_state_is_of_the_layers_up_to_the_cut(kind: str, folder: Path) -> None
             assert list(device.gradients()) == list(part.parameters)
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_loading_reaches_the_layers_up_to_the_cut_and_no_others(kind: str, folder: Path) -> None:
     rng = np.random.default_rng(7)
     graph = BUILD.graph
@@ -126,7 +126,7 @@ def test_loading_reaches_the_layers_up_to_the_cut_and_no_others(kind: str, folde
             assert differences(device.state(), before) == []
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_another_device_goes_on_where_one_was_moved_to(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
         device = host(link, CASE, BOTH)
@@ -143,7 +143,7 @@ def test_another_device_goes_on_where_one_was_moved_to(kind: str, folder: Path) 
         assert differences(device.state(), expected[1]) == []
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_new_host_puts_the_cut_where_it_wants_it(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
         first = host(link, CASE, BOTH, cut="stem", upto=False, session=1)
@@ -158,7 +158,7 @@ def test_a_new_host_puts_the_cut_where_it_wants_it(kind: str, folder: Path) -> N
         assert train(only, 2) == expected
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_answers_test_images_at_every_cut_as_torch_does(kind: str, folder: Path) -> None:
     reference = local(CASE, SETTINGS)
     with end(kind, CASE, folder) as link:
@@ -173,7 +173,7 @@ def test_answers_test_images_at_every_cut_as_torch_does(kind: str, folder: Path)
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_regions_are_as_large_as_the_tensors_at_the_cut(kind: str, folder: Path) -> None:
     sizes = {"stem": 4 * 8 * 384, "layer1": 4 * 8 * 384, "layer2": 4 * 8 * 192}
     with end(kind, CASE, folder) as link:
@@ -190,7 +190,7 @@ def test_regions_are_as_large_as_the_tensors_at_the_cut(kind: str, folder: Path)
             assert answer == m.Refused(m.Error.OUT_OF_RANGE, size)
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_refuses_cuts_that_are_not_built_in(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
         device = host(link, CASE)
@@ -203,7 +203,7 @@ def test_refuses_cuts_that_are_not_built_in(kind: str, folder: Path) -> None:
         assert part.activations.shape == (2, 6, 8, 8)  # still at the stem
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_any_number_but_zero_is_all_exits(kind: str, folder: Path) -> None:
     results = []
     for number in (1, 0xFF):
@@ -215,7 +215,7 @@ def test_any_number_but_zero_is_all_exits(kind: str, folder: Path) -> None:
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_cut_that_is_refused_in_the_midst_of_a_batch_leaves_it_whole(
     kind: str, folder: Path
 ) -> None:
@@ -236,7 +236,7 @@ def test_a_cut_that_is_refused_in_the_midst_of_a_batch_leaves_it_whole(
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_moving_takes_one_small_request(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
         recorder = Recorder(link)

@@ -19,7 +19,6 @@ from host_harness import ENDS, Recorder, differences, end, host, splitee, waits
 from splitee.bottleneck import Bottleneck
 from splitee.client import Client, LocalClient, State
 from splitee.codec import Coding, Kind
-from splitee.data import draw_order
 from splitee.model import Network, Tail
 from splitee.ops import Array
 from splitee.server import Server
@@ -142,8 +141,6 @@ def test_the_logits_of_a_part_are_there_behind_forward_at_every_cut(
             reference.move(cut, upto=upto)
             reference.load_weights(dict(device.state().weights))
             reference.place = device.state().place
-            place = reference.place
-            reference._order = draw_order(place.samples, place.seed, place.epoch)
             part = reference.forward(8, 8)
             device.forward(8, 8)
             found = device.floats(m.Region.LOGITS, 8 * 10).reshape(8, 10)

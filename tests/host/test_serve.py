@@ -1,4 +1,4 @@
-"""A client's own data: its order, its epochs, its limits; in C and in Python alike."""
+"""A client's own data: its order, its epochs, its limits; the same in every kind of client."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from host_harness import ENDS, end, host
+from host_harness import EVERY_END, end, host
 from splitee.client import Place
 from splitee.data import Images, draw_order
 from splitee_host.device import Device
@@ -27,7 +27,7 @@ def take(device: Device, count: int, batch: int) -> tuple[np.ndarray, list[int]]
     return part.activations.numpy(), part.labels.tolist()
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_images_come_in_the_order_drawn_for_each_epoch(kind: str, folder: Path) -> None:
     reference = local(CASE, SETTINGS)
     with torch.no_grad():  # what the trunk makes of every image, in the order they were sent
@@ -62,8 +62,8 @@ PLACES = {
 
 
 @pytest.mark.parametrize("title", PLACES)
-@pytest.mark.parametrize("kind", ENDS)
-def test_the_order_is_drawn_alike_in_c_and_python_for(kind: str, title: str, folder: Path) -> None:
+@pytest.mark.parametrize("kind", EVERY_END)
+def test_the_order_is_drawn_alike_in_every_client_for(kind: str, title: str, folder: Path) -> None:
     place = PLACES[title]
     images = MANY.images[: place.samples]
     with end(kind, MANY, folder) as link:
@@ -84,7 +84,7 @@ def test_the_order_is_drawn_alike_in_c_and_python_for(kind: str, title: str, fol
     assert (counters.epoch, counters.position) == (place.epoch + 1, 1)
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_place_counts_samples_and_steps(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
         device = host(link, CASE)
@@ -99,7 +99,7 @@ def test_a_place_counts_samples_and_steps(kind: str, folder: Path) -> None:
         assert device.state().place == Place(20, seed=5, epoch=2, position=3, steps=4)
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_client_holds_exactly_its_capacity(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
         device = host(link, CASE)
@@ -110,7 +110,7 @@ def test_a_client_holds_exactly_its_capacity(kind: str, folder: Path) -> None:
         assert (len(activations), len(logits)) == (8, 8)
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_answers_test_images_as_torch_does_and_learns_nothing(kind: str, folder: Path) -> None:
     reference = local(CASE, SETTINGS)
     with end(kind, CASE, folder) as link:
@@ -126,7 +126,7 @@ def test_answers_test_images_as_torch_does_and_learns_nothing(kind: str, folder:
     assert all(np.array_equal(w, CASE.state.weights[n]) for n, w in weights.items())
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_images_between_two_parts_do_not_disturb_the_batch(kind: str, folder: Path) -> None:
     losses = []
     for asked in (False, True):
@@ -141,7 +141,7 @@ def test_images_between_two_parts_do_not_disturb_the_batch(kind: str, folder: Pa
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_new_shard_takes_the_place_of_the_old(kind: str, folder: Path) -> None:
     other = Images(255 - CASE.images.x[:9], (CASE.images.y[:9] + 1) % 10)
     with end(kind, CASE, folder) as link:
@@ -153,7 +153,7 @@ def test_a_new_shard_takes_the_place_of_the_old(kind: str, folder: Path) -> None
         assert labels == other.y[draw_order(9, 5, 0)].tolist()
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_time_spent_computing_is_counted(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
         device = host(link, CASE)

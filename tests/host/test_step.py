@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from host_harness import ENDS, Recorder, differences, end, host
+from host_harness import EVERY_END, Recorder, differences, end, host
 from splitee.client import Client, Settings, State, Stepped
 from splitee.errors import NotFinite
 from splitee.ops import Array
@@ -47,7 +47,7 @@ def train(client: Client, steps: int) -> list[Stepped]:
 # ---- rates ----
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_new_rate_is_one_request_and_one_that_stays_is_none(kind: str, folder: Path) -> None:
     with end(kind, CASE, folder) as link:
         recorder = Recorder(link)
@@ -65,7 +65,7 @@ def test_a_new_rate_is_one_request_and_one_that_stays_is_none(kind: str, folder:
         assert device.settings == replace(SETTINGS, learning_rate=0.25)
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_device_learns_at_a_new_rate_from_the_next_step_on(kind: str, folder: Path) -> None:
     reference = local(CASE, SETTINGS)
     with end(kind, CASE, folder) as link:
@@ -81,7 +81,7 @@ def test_a_device_learns_at_a_new_rate_from_the_next_step_on(kind: str, folder: 
         assert all(np.array_equal(w, before[n]) for n, w in device.state().weights.items())
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_device_that_starts_anew_has_the_rate_of_its_round(kind: str, folder: Path) -> None:
     learnt = []
     for begun in (False, True):
@@ -107,7 +107,7 @@ def assert_close(mine: State, theirs: State) -> None:
 # ---- clipping ----
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_gradients_are_clipped_as_torch_does(kind: str, folder: Path) -> None:
     clipped = replace(BOTH, clip=0.2)
     reference, free = local(CASE, clipped), local(CASE, BOTH)
@@ -122,7 +122,7 @@ def test_gradients_are_clipped_as_torch_does(kind: str, folder: Path) -> None:
     assert not any(np.allclose(state.momentum[n], v, rtol=0.1) for n, v in other.items())
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_clip_may_come_and_go_between_batches(kind: str, folder: Path) -> None:
     reference = local(CASE, BOTH)
     with end(kind, CASE, folder) as link:
@@ -188,7 +188,7 @@ def bits(state: State) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("title", PLANTED)
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_no_step_is_taken_from(kind: str, title: str, folder: Path) -> None:
     settings, values, name = PLANTED[title]
     with end(kind, CASE, folder) as link:
@@ -210,7 +210,7 @@ def test_no_step_is_taken_from(kind: str, title: str, folder: Path) -> None:
         assert differences(device.state(), learnt[1]) == []
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_no_step_is_taken_from_a_gradient_of_the_server_that_is_none(
     kind: str, folder: Path
 ) -> None:
@@ -229,7 +229,7 @@ def test_no_step_is_taken_from_a_gradient_of_the_server_that_is_none(
         assert len(train(device, 1)) == 1
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_no_step_is_taken_from_an_infinite_loss(kind: str, folder: Path) -> None:
     weights: dict[str, Array] = dict(CASE.state.weights)
     weights["exits.layer2.linear.bias"] = np.where(np.arange(10) == 3, 3e38, -3e38).astype("f4")
@@ -240,7 +240,7 @@ def test_no_step_is_taken_from_an_infinite_loss(kind: str, folder: Path) -> None
     assert str(error) == f'client "it": the loss {CURE}'
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_a_step_that_was_refused_is_refused_again_when_its_frame_comes_twice(
     kind: str, folder: Path
 ) -> None:
@@ -269,7 +269,7 @@ FROZEN = case("resnet8-batch-frozen", capacity=5)
     ("the_case", "counts"),
     [pytest.param(HELD, (8,), id="held"), pytest.param(FROZEN, (5, 3), id="frozen")],
 )
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", EVERY_END)
 def test_running_statistics_stay_too(
     kind: str, the_case: Case, counts: tuple[int, ...], folder: Path
 ) -> None:

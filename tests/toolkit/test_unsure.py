@@ -169,7 +169,7 @@ def entropies(logits: Array) -> Array:
 
 def middle(client: LocalClient) -> float:
     """An entropy between those of the client's shard."""
-    _, logits = client.infer(client._images.x)
+    _, logits = client.infer(client._shard.images.x)
     return float(np.median(entropies(logits.numpy())))
 
 

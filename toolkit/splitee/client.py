@@ -13,59 +13,27 @@ from torch import Tensor, nn
 
 from splitee import step
 from splitee.codec import PLAIN, Codec, Coding
-from splitee.data import Images, draw_order
+from splitee.data import Images, Shard
 from splitee.errors import NotFinite
 from splitee.exits import entropy
 from splitee.model import Segment
 from splitee.norms import frozen_norms
 from splitee.ops import Array
+from splitee.state import Place, Settings, State, Stepped, trunk_weights
 
-
-@dataclass(frozen=True)
-class Settings:
-    """Hyper-parameters of a client, and what its trunk learns from."""
-
-    learning_rate: float
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    exit_weight: float = 1.0  # of the exits' gradient in the trunk
-    server_weight: float = 0.0  # of the server's gradient in the trunk
-    clip: float = 0.0  # largest norm of all gradients of a step together; 0: any
-
-    @property
-    def wants_gradient(self) -> bool:
-        """Whether the server has to return dLoss/dActivations."""
-        return self.server_weight != 0.0
-
-
-def trunk_weights(gradient: str, exit_weight: float = 0.5) -> tuple[float, float]:
-    """(exit_weight, server_weight) of a gradient mode: local, server or both.
-
-    The exits themselves learn from their own loss in full whatever the mode: an exit_weight of 0
-    is then exactly server, and one of 1 exactly local.
-    """
-    mixed = (exit_weight, 1.0 - exit_weight)
-    return {"local": (1.0, 0.0), "server": (0.0, 1.0), "both": mixed}[gradient]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a client stands: samples held, place in its data order, steps taken."""
-
-    samples: int
-    seed: int
-    epoch: int = 0
-    position: int = 0  # samples of this epoch already used
-    steps: int = 0
-
-
-@dataclass(frozen=True)
-class State:
-    """All of a client that a reset, a resume or an aggregation needs."""
-
-    weights: Mapping[str, Array]  # float32 parameters and statistics by name
-    momentum: Mapping[str, Array]  # by parameter; empty without momentum
-    place: Place
+__all__ = [
+    "Client",
+    "LocalClient",
+    "Part",
+    "Place",
+    "Settings",
+    "State",
+    "Stepped",
+    "Traffic",
+    "spread",
+    "trunk_weights",
+    "unsure_of",
+]
 
 
 @dataclass(frozen=True)
@@ -80,14 +48,6 @@ class Part:
 def unsure_of(logits: Tensor, threshold: float) -> Tensor:
     """Which samples an exit does not answer: (samples,) of bool; those without a number, too."""
     return ~(entropy(logits) <= threshold)
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """A batch at the exit at the cut, measured before the step."""
-
-    loss: float  # mean cross-entropy, nats
-    correct: int
 
 
 @dataclass
@@ -230,9 +190,7 @@ class LocalClient:
         self.settings = settings
         self._scale = torch.tensor(scale, device=device)[:, None, None]
         self._shift = torch.tensor(shift, device=device)[:, None, None]
-        self._images = Images(np.zeros((0,)), np.zeros((0,)))
-        self.place = Place(0, 0)
-        self._order: Array = np.zeros(0, np.int64)
+        self._shard = Shard()
         self._pass: _Pass | None = None
         self._kept = step.Kept()
         self._loss = 0.0
@@ -253,13 +211,22 @@ class LocalClient:
                 weight_decay=settings.weight_decay,
             )
 
+    @property
+    def place(self) -> Place:
+        """Where it stands."""
+        return self._shard.place
+
+    @place.setter
+    def place(self, place: Place) -> None:
+        self._shard.place = place
+
     def set_rate(self, rate: float) -> None:
         """Learns at this rate from the next step on."""
         self.settings = replace(self.settings, learning_rate=rate)
 
     def start(self, state: State, images: Images) -> None:
         """Takes over shard and state."""
-        self._images = images
+        self._shard.images = images
         self.load_state(state)
 
     def rejoin(self, state: State, within: float) -> None:
@@ -288,7 +255,6 @@ class LocalClient:
         if state.place.steps:
             self.load_momentum(state.momentum)
         self.place = state.place
-        self._order = draw_order(state.place.samples, state.place.seed, state.place.epoch)
 
     def discard(self) -> None:
         """Forgets a batch that was not finished."""
@@ -327,19 +293,14 @@ class LocalClient:
 
     def upcoming(self, count: int) -> Images:
         """The next count samples of the data order; a new epoch begins where one has ended."""
-        p = self.place
-        if p.position == p.samples:
-            self.place = p = replace(p, epoch=p.epoch + 1, position=0)
-            self._order = draw_order(p.samples, p.seed, p.epoch)
-        return self._images[self._order[p.position : p.position + count]]
+        return self._shard.upcoming(count)
 
     def _input(self, images: Array) -> Tensor:
         return torch.tensor(images, device=self.device) * self._scale + self._shift
 
     def forward(self, count: int, batch: int) -> Part:
         """Runs its next count samples forward."""
-        part = self.upcoming(count)
-        self.place = replace(self.place, position=self.place.position + len(part))
+        part = self._shard.take(count)
         labels = torch.as_tensor(part.y, device=self.device).long()
         self._kept.keep(self.segment)
         points = self.segment.trunk(self._input(part.x))

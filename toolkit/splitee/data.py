@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from splitee.errors import SpliteeError
 from splitee.ops import Array
+from splitee.state import Place
 
 DATASETS = ("digits",)
 
@@ -81,6 +82,41 @@ def shards(images: Images, weights: list[float], seed: int) -> list[Images]:
     order = draw_order(len(images), seed, 0)
     ends = np.round(np.cumsum([0.0, *weights]) / sum(weights) * len(images)).astype(int)
     return [images[order[a:b]] for a, b in pairwise(ends)]
+
+
+class Shard:
+    """A client's own images, and its way through them: epoch by epoch, each in its own order."""
+
+    def __init__(self) -> None:
+        self.images = Images(np.zeros((0,)), np.zeros((0,)))
+        self._place = Place(0, 0)
+        self._order: Array = np.zeros(0, np.int64)
+
+    @property
+    def place(self) -> Place:
+        """Where the client stands."""
+        return self._place
+
+    @place.setter
+    def place(self, place: Place) -> None:
+        drawn, wanted = ((p.samples, p.seed, p.epoch) for p in (self._place, place))
+        if drawn != wanted:
+            self._order = draw_order(*wanted)
+        self._place = place
+
+    def upcoming(self, count: int) -> Images:
+        """The next count samples; a new epoch begins where one has ended."""
+        p = self._place
+        if p.position == p.samples:
+            self.place = replace(p, epoch=p.epoch + 1, position=0)
+        start = self._place.position
+        return self.images[self._order[start : start + count]]
+
+    def take(self, count: int) -> Images:
+        """The same samples, which are then used."""
+        part = self.upcoming(count)
+        self.place = replace(self._place, position=self._place.position + len(part))
+        return part
 
 
 def _mix(x: int) -> int:

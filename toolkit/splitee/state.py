@@ -1,0 +1,63 @@
+"""What a client learns with, where it stands and what it has learnt; numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from splitee.ops import Array
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of a client, and what its trunk learns from."""
+
+    learning_rate: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    exit_weight: float = 1.0  # of the exits' gradient in the trunk
+    server_weight: float = 0.0  # of the server's gradient in the trunk
+    clip: float = 0.0  # largest norm of all gradients of a step together; 0: any
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether the server has to return dLoss/dActivations."""
+        return self.server_weight != 0.0
+
+
+def trunk_weights(gradient: str, exit_weight: float = 0.5) -> tuple[float, float]:
+    """(exit_weight, server_weight) of a gradient mode: local, server or both.
+
+    The exits themselves learn from their own loss in full whatever the mode: an exit_weight of 0
+    is then exactly server, and one of 1 exactly local.
+    """
+    mixed = (exit_weight, 1.0 - exit_weight)
+    return {"local": (1.0, 0.0), "server": (0.0, 1.0), "both": mixed}[gradient]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a client stands: samples held, place in its data order, steps taken."""
+
+    samples: int
+    seed: int
+    epoch: int = 0
+    position: int = 0  # samples of this epoch already used
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class State:
+    """All of a client that a reset, a resume or an aggregation needs."""
+
+    weights: Mapping[str, Array]  # float32 parameters and statistics by name
+    momentum: Mapping[str, Array]  # by parameter; empty without momentum
+    place: Place
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A batch at the exit at the cut, measured before the step."""
+
+    loss: float  # mean cross-entropy, nats
+    correct: int
