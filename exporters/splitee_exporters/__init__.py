@@ -1,1 +1,1 @@
-"""Exporters: a client's segment as C (ONNX and TFLite to come)."""
+"""Exporters: a client's segment as C, ONNX and TFLite."""
