@@ -20,14 +20,24 @@ from pathlib import Path
 
 import numpy as np
 
+from splitee.data import Images
 from splitee.errors import BuildError, ExportError, MissingTool
 from splitee.ops import Array
 from splitee.place import Build
 from splitee_exporters.c import to_c
-from splitee_exporters.manifest import File, Verified, made_by, relative_error
+from splitee_exporters.manifest import (
+    CURES,
+    LARGEST,
+    LEARNING_TOLERANCE,
+    TOLERANCE,
+    File,
+    Verified,
+    error_of,
+    learning_errors,
+    made_by,
+)
 
 NAME = "splitee-segment"
-TOLERANCE = 1e-5
 SOURCES = ("core/trainer.c", "core/step.c", "core/fused.c")  # and all kernels: where to look
 _NO_CODE = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
 _DEFINED = re.compile(r"^(?![^\n(]*\bstatic\b|typedef\b)[A-Za-z_][^\n;=]*?(\w+)\(", re.MULTILINE)
@@ -302,50 +312,55 @@ int main(void) {
 
 def verify(
     library: Library,
-    images: Array,
-    labels: Array,
+    samples: Images,
     expected: Mapping[str, Array],
     learnt: Mapping[str, Array],
     rate: float,
     against: str,
+    *,
+    tolerance: float = TOLERANCE,
+    learning_tolerance: float = LEARNING_TOLERANCE,
 ) -> Verified:
     """Compiles the library for this machine, runs and trains it, and compares it with PyTorch.
 
-    images, labels: what it answers, one at a time: expected are the activations and logits. Of the
+    samples: what it answers, one at a time: expected are the activations and logits. Of the
     first of them, as many as it holds are one batch; learnt are the weights after one step of plain
     SGD at that rate. against: where these come from, for the manifest. Raises ExportError, naming
     the tensor, where one is off by more than the tolerance, MissingTool without a compiler.
     """
     build, graph = library.build, library.build.graph
-    trained = min(build.capacity, len(images))
-    records = np.column_stack([labels.astype(np.uint8), images.reshape(len(images), -1)])
+    trained = min(build.capacity, len(samples))
+    records = np.column_stack([samples.y, samples.x.reshape(len(samples), -1)])
     given = records.tobytes() + records[:trained].tobytes()
-    counts = {"ANSWERED": str(len(images)), "TRAINED": str(trained)}
+    counts = {"ANSWERED": str(len(samples)), "TRAINED": str(trained)}
     said = _run(library, given, counts | {"RATE": f"{float(rate).hex()}f"})
     values = np.frombuffer(said, np.float32)
     sizes = graph.elements(graph.cut), graph.elements(graph.logits)
-    answers = values[: len(images) * sum(sizes)].reshape(len(images), sum(sizes))
+    answers = values[: len(samples) * sum(sizes)].reshape(len(samples), sum(sizes))
     found = {
         "activations": answers[:, : sizes[0]].reshape(expected["activations"].shape),
         "logits": answers[:, sizes[0] :],
     }
     weights = graph.unflatten(values[answers.size :])
-    errors = {name: relative_error(found[name], expected[name]) for name in found}
-    errors |= {f"learnt {n}": relative_error(w, learnt[n]) for n, w in weights.items()}
-    for name, error in errors.items():
-        if not error <= TOLERANCE:
+    errors = {name: error_of(found[name], expected[name]) for name in found}
+    learning = learning_errors(weights, learnt)
+    allowed = dict.fromkeys(errors, tolerance)
+    allowed |= dict.fromkeys((f"learnt {name}" for name in learning), learning_tolerance)
+    for name, error in (errors | {f"learnt {n}": e for n, e in learning.items()}).items():
+        if not error <= allowed[name]:
             raise ExportError(
-                f"src/segment.c: {name} is off by {error:.1e} of the largest from {against}, and "
-                f"{TOLERANCE:.0e} is allowed: it is not fit for use"
+                f"src/segment.c: {name} is off by {error:.1e} from {against}, and "
+                f"{allowed[name]:.0e} is allowed: {CURES[LARGEST]}"
             )
     same = found["logits"].argmax(1) == expected["logits"].argmax(1)
     return Verified(
         runtime=f"{_compiler()}, this machine, one step of training included",
         against=against,
-        samples=len(images),
+        samples=len(samples),
         batches=(1, trained),
         error=max(errors.values()),
-        tolerance=TOLERANCE,
+        measure=LARGEST,
+        tolerance=tolerance,
         same_class=float(same.mean()),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,11 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from splitee.errors import ExportError
 from splitee.graph import Graph
 from splitee.ops import Array
 
 NAME = "manifest.json"
 FORMAT = 1
+LARGEST = "largest difference, as a share of the largest value"
+MEAN_SQUARE = "root mean square of the differences, as a share of that of the values"
+TOLERANCE = 1e-5  # of a float32 output
+LEARNING_TOLERANCE = 1e-4  # of what a float32 weight learns, from PyTorch's float32
+CURES = {
+    LARGEST: "it is not fit for use",
+    MEAN_SQUARE: "calibrate with more images, like those that it will see",
+}
+FLOOR = 1e-3  # of the largest weight: what learns from nothing but rounding is smaller
 
 
 @dataclass(frozen=True)
@@ -28,9 +39,10 @@ class Verified:
     against: str
     samples: int
     batches: tuple[int, ...]  # sizes in which they ran
-    error: float  # the worst of any output, as a share of its largest value
+    error: float  # the worst of any output
+    measure: str  # of that error: LARGEST or MEAN_SQUARE
     tolerance: float
-    same_class: float  # share of samples whose largest logit is the same
+    same_class: float | None  # share of samples whose largest logit is the same; None: not asked
 
 
 @dataclass(frozen=True)
@@ -44,14 +56,30 @@ class File:
     verified: Verified
 
 
-def relative_error(found: Array, expected: Array) -> float:
-    """The largest difference as a share of the largest value; infinite where shapes differ."""
+def error_of(found: Array, expected: Array, measure: str = LARGEST, floor: float = 0.0) -> float:
+    """How far an output is off; infinite where shapes differ. Values below floor count as floor.
+
+    In 8 bits it is MEAN_SQUARE that tells: a value that calibration has not seen is clipped.
+    """
     if found.shape != expected.shape:
         return float("inf")
     wide = expected.astype(np.float64)
-    largest = float(np.abs(wide).max())
-    difference = float(np.abs(found - wide).max())
-    return difference / largest if largest else difference
+
+    def size(x: Array) -> float:
+        return float(np.abs(x).max() if measure == LARGEST else np.sqrt(np.mean(x**2)))
+
+    whole, difference = max(size(wide), floor), size(found - wide)
+    return difference / whole if whole else difference
+
+
+def learning_errors(found: Mapping[str, Array], learnt: Mapping[str, Array]) -> dict[str, float]:
+    """How far each weight is off from what it should have learnt.
+
+    A weight whose values are all tiny counts as FLOOR times the largest: a bias in front of a norm
+    learns nothing but what is lost in rounding.
+    """
+    floor = FLOOR * max(float(np.abs(value).max()) for value in learnt.values())
+    return {name: error_of(value, learnt[name], floor=floor) for name, value in found.items()}
 
 
 def made_by() -> tuple[str, str]:
@@ -59,25 +87,49 @@ def made_by() -> tuple[str, str]:
     return "hetero-splitee", importlib.metadata.version("hetero-splitee")
 
 
-def write(folder: Path, model: str, cut: str, files: Sequence[File]) -> Path:
+def write(
+    folder: Path,
+    model: str,
+    cut: str,
+    files: Sequence[File],
+    beside: Mapping[str, bytes] | None = None,
+) -> Path:
     """Writes the files, and manifest.json beside them; returns its path.
 
-    model: what the network is called.
+    model: what the network is called. beside: further files that are needed, by their path. All are
+    written before any takes the place of what is there. Raises ExportError where they cannot be.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file.name).write_bytes(file.data)
+    beside = beside or {}
     manifest = {
         "format": FORMAT,
         "made_by": " ".join(made_by()),
         "model": model,
         "cut": cut,
         "files": [_entry(file) for file in files],
+        "beside": {path: _digest(data) for path, data in sorted(beside.items())},
     }
-    path = folder / NAME
-    path.write_text(json.dumps(manifest, indent=2) + "\n")
-    return path
+    contents = {file.name: file.data for file in files} | dict(beside)
+    contents[NAME] = (json.dumps(manifest, indent=2) + "\n").encode()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as name:
+            new = Path(name)
+            for path, data in contents.items():
+                (new / path).parent.mkdir(parents=True, exist_ok=True)
+                (new / path).write_bytes(data)
+            for path in contents:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (new / path).replace(folder / path)
+    except OSError as error:
+        raise ExportError(
+            f"{folder}: {error.strerror or error}: free some space or choose a folder that you may "
+            "write to; what was there is untouched"
+        ) from error
+    return folder / NAME
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _entry(file: File) -> dict[str, Any]:
@@ -85,7 +137,7 @@ def _entry(file: File) -> dict[str, Any]:
     return {
         "file": file.name,
         "bytes": len(file.data),
-        "sha256": hashlib.sha256(file.data).hexdigest(),
+        "sha256": _digest(file.data),
         **file.interface,
         "operations": dict(sorted(Counter(op.kind for op in graph.ops).items())),
         "weights": graph.weight_size,

@@ -23,7 +23,7 @@ from splitee.errors import ExportError, MissingTool, ModelError
 from splitee.graph import Graph, Op
 from splitee.ops import Array
 from splitee.place import Build
-from splitee_exporters.manifest import File, Verified, made_by, relative_error
+from splitee_exporters.manifest import CURES, LARGEST, TOLERANCE, File, Verified, error_of, made_by
 
 try:
     import onnx
@@ -41,7 +41,6 @@ KINDS = (
     "conv_transpose2d", "branch",
 )  # fmt: skip
 INPUT = "images.input"  # what the first nodes make of images
-TOLERANCE = 1e-5  # of a tensor's largest value
 
 
 @dataclass(frozen=True)
@@ -353,12 +352,13 @@ def verify(
     *,
     batches: Sequence[int] = (),
     tolerance: float = TOLERANCE,
+    measure: str = LARGEST,
 ) -> Verified:
     """Runs the file on x in ONNX Runtime and compares every output with what is expected.
 
     against: where expected comes from, for the manifest. batches: positive sizes in which x is
     run, in turn and over again (none: all of it at once). Raises ExportError, naming the output,
-    where an error is above the tolerance, a share of the largest value expected, or no number.
+    where an error is above the tolerance by that measure, or no number.
     """
     if not len(x):
         raise ExportError(f"{exported.name}: there is nothing to hold it to: give it samples")
@@ -373,13 +373,12 @@ def verify(
         start += len(part)
         ran.add(len(part))
     found = {name: np.concatenate(values) for name, values in parts.items()}
-    errors = {name: relative_error(found[name], expected[name]) for name in exported.outputs}
+    errors = {name: error_of(found[name], expected[name], measure) for name in exported.outputs}
     for name, error in errors.items():
         if not error <= tolerance:
             raise ExportError(
-                f"{exported.name}.onnx: its {name} are off by {error:.1e} of the largest from "
-                f"{against}, and {tolerance:.0e} is allowed: it is not fit for use; allow "
-                "more where that is good enough"
+                f"{exported.name}.onnx: its {name} are off by {error:.1e} from {against}, and "
+                f"{tolerance:.0e} is allowed: {CURES[measure]}"
             )
     same = found[LOGITS].argmax(1) == expected[LOGITS].argmax(1)
     return Verified(
@@ -388,6 +387,7 @@ def verify(
         samples=len(x),
         batches=tuple(sorted(ran)),
         error=max(errors.values()),
+        measure=measure,
         tolerance=tolerance,
         same_class=float(same.mean()),
     )

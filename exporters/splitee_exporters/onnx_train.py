@@ -15,37 +15,50 @@ through in parts. ``splitee.edge`` has the values' names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from splitee import edge
+from splitee.data import Images
+from splitee.errors import ExportError
 from splitee.graph import Graph, Op
+from splitee.ops import Array
 from splitee.place import Build
+from splitee_exporters.manifest import CURES, LARGEST, LEARNING_TOLERANCE, Verified, learning_errors
 from splitee_exporters.onnx import INPUT, Inference, Nodes, finished, model_of
 from splitee_exporters.onnx_backward import Backward
 
 # behind the exporter, which says by name what is not installed
+import onnxruntime  # isort: skip
 from onnx import TensorProto, helper  # isort: skip
 
 _FLOAT, _INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
-def write_client(build: Build, folder: Path) -> list[Path]:
-    """Writes all that a client needs to train a segment where neither torch nor onnx is.
+def client_files(build: Build) -> dict[str, bytes]:
+    """All that a client needs to train a segment where neither torch nor onnx is, by path.
 
-    Returns the files' paths. Raises ModelError, naming the operation, for a kind that has no node.
+    Raises ModelError, naming the operation, for a kind that has no node.
     """
-    edge.write(build, folder)
-    files = [folder / edge.NAME, folder / edge.VALUES]
-    for variant in edge.variants(build):
-        (folder / variant.folder).mkdir(exist_ok=True)
-        for name, data in training_graphs(build, variant).items():
-            files.append(folder / variant.folder / f"{name}.onnx")
-            files[-1].write_bytes(data)
-    return files
+    graphs = {
+        f"{variant.folder}/{name}.onnx": data
+        for variant in edge.variants(build)
+        for name, data in training_graphs(build, variant).items()
+    }
+    return edge.files(build) | graphs
+
+
+def write_client(build: Build, folder: Path) -> list[Path]:
+    """Writes ``client_files`` into a folder; returns their paths."""
+    written = []
+    for path, data in client_files(build).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+        written.append(folder / path)
+    return written
 
 
 def training_graphs(build: Build, variant: edge.Variant) -> dict[str, bytes]:
@@ -282,3 +295,62 @@ def _follow(nodes: Nodes, op: Op) -> None:
         distance = nodes.value("Sub", f"{running}.distance", towards, running)
         move = nodes.value("Mul", f"{running}.move", distance, share)
         nodes.value("Add", edge.after(running), running, move)
+
+
+def verify(
+    build: Build,
+    variant: edge.Variant,
+    samples: Images,
+    learnt: Mapping[str, Array],
+    rate: float,
+    against: str,
+    *,
+    tolerance: float = LEARNING_TOLERANCE,
+) -> Verified:
+    """Takes one step of plain SGD by a cut's graphs in ONNX Runtime, and compares the weights.
+
+    samples: one batch. learnt: the weights after a step at that rate from the exits' loss.
+    against: where these come from, for the manifest. Raises ExportError, naming the weight, where
+    one is off by more than the tolerance.
+    """
+    graphs = training_graphs(build, variant)
+    graph = variant.graph
+    values: dict[str, Array] = {
+        **graph.weights,
+        edge.IMAGES: samples.x,
+        edge.LABELS: samples.y.astype(np.int64),
+        edge.SERVER_GRADIENT: np.zeros((len(samples), *graph.shapes[graph.cut]), np.float32),
+    }
+    numbers = {**dict.fromkeys(edge.SETTINGS, 0.0), "learning_rate": rate, "exit_weight": 1.0}
+    numbers |= {edge.BATCH: len(samples), edge.SEEN: 0}
+    values |= {name: np.array(number, np.float32) for name, number in numbers.items()}
+    for name, value in graph.parameters.items():
+        values[edge.before(edge.gradient(name))] = np.zeros_like(value)
+        values[edge.before(edge.momentum(name))] = np.zeros_like(value)
+    for name, value in graph.statistics.items():
+        values[edge.before(edge.measured(name))] = np.zeros_like(value)
+    for name in ("forward", "backward", "step"):
+        if name == "step":
+            values[edge.SEEN] = np.array(len(samples), np.float32)
+        session = onnxruntime.InferenceSession(graphs[name], providers=["CPUExecutionProvider"])
+        feeds = {i.name: values[i.name] for i in session.get_inputs()}
+        outputs = [o.name for o in session.get_outputs()]
+        values |= dict(zip(outputs, session.run(outputs, feeds), strict=True))
+    found = {name: values[edge.after(name)] for name in graph.weights}
+    errors = learning_errors(found, learnt)
+    for name, error in errors.items():
+        if not error <= tolerance:
+            raise ExportError(
+                f"{variant.folder}/: what {name} learns is off by {error:.1e} from {against}, "
+                f"and {tolerance:.0e} is allowed: {CURES[LARGEST]}"
+            )
+    return Verified(
+        runtime=f"ONNX Runtime {onnxruntime.__version__}, one step of training",
+        against=against,
+        samples=len(samples),
+        batches=(len(samples),),
+        error=max(errors.values()),
+        measure=LARGEST,
+        tolerance=tolerance,
+        same_class=None,
+    )

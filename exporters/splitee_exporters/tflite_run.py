@@ -21,10 +21,10 @@ import numpy as np
 
 from splitee.errors import ExportError, MissingTool
 from splitee.ops import Array
-from splitee_exporters.manifest import Verified
+from splitee_exporters.manifest import CURES, MEAN_SQUARE, Verified, error_of
 from splitee_exporters.tflite import LOGITS, Arena, Exported, first_installed, read
 
-TOLERANCE = 0.1  # of a tensor's largest value
+TOLERANCE = 0.1  # of a tensor's root mean square
 SPARE = 1 << 16  # bytes of TFLite Micro's arena beside planned tensors and tables of multipliers
 
 
@@ -36,12 +36,13 @@ def litert(exported: Exported, x: Array, *, reference: bool = False) -> dict[str
     """
     module, _ = _interpreter()
     kind = module.OpResolverType
-    interpreter = module.Interpreter(
-        model_content=exported.data,
-        num_threads=1,
-        experimental_op_resolver_type=kind.BUILTIN_REF if reference else kind.AUTO,
-    )
-    interpreter.allocate_tensors()
+    with _standard_error():  # which kernels it takes is no news to a user
+        interpreter = module.Interpreter(
+            model_content=exported.data,
+            num_threads=1,
+            experimental_op_resolver_type=kind.BUILTIN_REF if reference else kind.AUTO,
+        )
+        interpreter.allocate_tensors()
     (put,) = (tensor["index"] for tensor in interpreter.get_input_details())
     get = [tensor["index"] for tensor in interpreter.get_output_details()]
 
@@ -96,7 +97,7 @@ def verify(
     as the graph does. LiteRT's default kernels round otherwise: each by a step at most, which adds
     up behind many of them; they are held to what is expected alone. against: where that comes from,
     for the manifest. Raises ExportError, naming the output, where that is not so, or where an error
-    is above the tolerance, a share of the largest value expected, or no number.
+    is above the tolerance, by its root mean square, or no number.
 
     Returns what a manifest says of it, and what TFLite Micro took of its arena, if it has run.
     """
@@ -121,14 +122,14 @@ def verify(
     worst = 0.0
     for name, tensor in exported.outputs.items():
         for who, answer in (("", own), ("default kernels' ", default)):
-            error = _error(exported.graph.dequantize(tensor, answer[name]), expected[name])
+            real = exported.graph.dequantize(tensor, answer[name])
+            error = error_of(real, expected[name], MEAN_SQUARE)
             worst = max(worst, error)
             if not error <= tolerance:
                 raise ExportError(
-                    f"{exported.name}.tflite: its {who}{name} are off by {error:.1e} "
-                    f"of the largest from {against}, and {tolerance:.0e} is allowed: "
-                    "calibrate with more images, like those that it will see, or allow more where "
-                    "that is good enough"
+                    f"{exported.name}.tflite: its {who}{name} are off by {error:.1e} from "
+                    f"{against} (root mean square), and {tolerance:.0e} is allowed: "
+                    f"{CURES[MEAN_SQUARE]}"
                 )
     same = own[LOGITS].argmax(1) == expected[LOGITS].argmax(1)
     verified = Verified(
@@ -137,6 +138,7 @@ def verify(
         samples=len(x),
         batches=(1,),
         error=worst,
+        measure=MEAN_SQUARE,
         tolerance=tolerance,
         same_class=float(same.mean()),
     )
@@ -177,15 +179,6 @@ def _same(
                 f"{exported.name}.tflite: {who} answer {name} that are off by {steps} steps of "
                 "256: the file does not compute what the network does"
             )
-
-
-def _error(found: Array, expected: Array) -> float:
-    """The largest difference as a share of the largest value; infinite where shapes differ."""
-    if found.shape != expected.shape:
-        return float("inf")
-    largest = float(np.abs(expected).max())
-    difference = float(np.abs(found - expected.astype(np.float64)).max())
-    return difference / largest if largest else difference
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class Case:
 
     def verify(self, made: Library | None = None) -> manifest.Verified:
         """Holds it, or another, to PyTorch."""
-        args = (self.images.x, self.images.y, self.expected, self.learnt, RATE, "PyTorch")
+        args = (self.images, self.expected, self.learnt, RATE, "PyTorch")
         return verify(made or self.library, *args)
 
 

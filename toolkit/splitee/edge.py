@@ -12,6 +12,7 @@ weights.npy         the values that it begins with, in one float32 vector
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -93,9 +94,8 @@ def variants(build: Build) -> Iterator[Variant]:
             yield variant(build, stage.cut, upto=upto)
 
 
-def write(build: Build, folder: Path) -> None:
-    """Writes the build and its values; the graphs of the passes are an exporter's."""
-    folder.mkdir(parents=True, exist_ok=True)
+def files(build: Build) -> dict[str, bytes]:
+    """The build and its values, by the names of their files; the passes are an exporter's."""
     graph = build.graph
     described = {
         "format": FORMAT,
@@ -118,8 +118,10 @@ def write(build: Build, folder: Path) -> None:
         "moves": build.moves,
         "levers": asdict(build.levers),
     }
-    (folder / NAME).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    np.save(folder / VALUES, graph.flatten(graph.weights), allow_pickle=False)
+    values = io.BytesIO()
+    np.save(values, graph.flatten(graph.weights), allow_pickle=False)
+    text = json.dumps(described, indent=1) + "\n"
+    return {NAME: text.encode(), VALUES: values.getvalue()}
 
 
 def read(folder: Path) -> Build:

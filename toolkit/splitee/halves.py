@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from splitee import data, zoo
 from splitee.assemble import Assembly, Member
 from splitee.capture import capture, capture_tail
-from splitee.client import LocalClient, Place, Settings, State
-from splitee.data import Images, draw_order
+from splitee.data import Images
 from splitee.errors import ModelError
 from splitee.exits import Exit
 from splitee.graph import Graph
 from splitee.model import Cut, Network, Segment, Tail
+from splitee.norms import frozen_norms
 from splitee.ops import Array
 from splitee.place import Build
 from splitee.runs import Checkpoint
@@ -37,54 +38,67 @@ class Halves:
     segment: Segment
     tail: Tail
     build: Build  # of the segment; its graph holds the same weights
+    client_build: Build  # of all that the client has, with every cut that it was built with
+    upto: bool  # whether all exits up to the cut learn, or only the one at it
     calibration: Images
     samples: Images  # to check with
 
-    @cached_property
-    def _client(self) -> LocalClient:
-        build = self.build
-        return LocalClient(
-            self.name,
-            copy.deepcopy(self.segment),
-            Settings(LEARNING_RATE),
-            capacity=build.capacity,
-            scale=build.scale,
-            shift=build.shift,
-        )
+    @property
+    def cut_name(self) -> str:
+        """Where the segment ends."""
+        return self.cut.name
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step that ``learnt`` has taken."""
+        return LEARNING_RATE
 
     @cached_property
     def tail_graph(self) -> Graph:
         """The server's half. Raises ModelError, naming the layer, for one without operation."""
         return capture_tail(self.tail, self.cut, self.build.graph.classes, self.name)
 
-    def answers(self, images: Array) -> dict[str, Array]:
-        """PyTorch's activations at the cut, and logits of the exit there, for uint8 images."""
-        activations, logits = self._client.infer(images)
-        return {"activations": activations.numpy(), "logits": logits.numpy()}
+    @torch.no_grad()
+    def answers(self, images: Array, *, exact: bool = False) -> dict[str, Array]:
+        """PyTorch's activations at the cut, and logits of the exit there, for uint8 images.
+
+        exact: in float64.
+        """
+        kind = torch.float64 if exact else torch.float32
+        segment = copy.deepcopy(self.segment).to(kind).eval()
+        points, logits = segment(self._input(images, kind))
+        return {"activations": points[-1].numpy(), "logits": logits[-1].numpy()}
 
     @torch.no_grad()
-    def server_answers(self, activations: Array) -> Array:
-        """PyTorch's logits of the server's half."""
-        logits: Array = self.tail.eval()(
-            torch.from_numpy(activations), self.cut.name, self.name
-        ).numpy()
+    def server_answers(self, activations: Array, *, exact: bool = False) -> Array:
+        """PyTorch's logits of the server's half; exact: in float64."""
+        kind = torch.float64 if exact else torch.float32
+        tail = copy.deepcopy(self.tail).to(kind).eval()
+        logits: Array = tail(torch.tensor(activations).to(kind), self.cut.name, self.name).numpy()
         return logits
 
-    def learnt(self) -> dict[str, Array]:
+    def learnt(self, *, exact: bool = False) -> dict[str, Array]:
         """PyTorch's weights after one step on the first samples, as many as it holds at once.
 
-        Plain SGD at LEARNING_RATE, from the exits' loss.
+        Plain SGD at LEARNING_RATE, from the exits' loss; exact: in float64.
         """
-        count = min(self.build.capacity, len(self.samples))
-        first, order = self.samples[:count], draw_order(count, 0, 0)
-        drawn = Images(np.empty_like(first.x), np.empty_like(first.y))
-        drawn.x[order], drawn.y[order] = first.x, first.y
-        client = copy.deepcopy(self._client)
-        client.start(State(client.state().weights, {}, Place(count, 0)), drawn)
-        client.forward(count, count)
-        client.backward(None)
-        client.step()
-        return dict(client.state().weights)
+        kind = torch.float64 if exact else torch.float32
+        segment = copy.deepcopy(self.segment).to(kind).train()
+        first = self.samples[: self.build.capacity]
+        labels = torch.tensor(first.y).long()
+        _, logits = segment(self._input(first.x, kind))
+        torch.autograd.backward([F.cross_entropy(found, labels) for found in logits])
+        torch.optim.SGD(segment.parameters(), lr=LEARNING_RATE).step()
+        for norm in frozen_norms(segment):
+            norm.follow()
+        return {name: tensor.detach().numpy() for name, tensor in segment.tensors().items()}
+
+    def _input(self, images: Array, kind: torch.dtype) -> Tensor:
+        scale, shift = (
+            torch.tensor(values, dtype=torch.float32).to(kind)[:, None, None]
+            for values in (self.build.scale, self.build.shift)
+        )
+        return torch.tensor(images) * scale + shift
 
 
 def of_model(
@@ -122,7 +136,7 @@ def of_model(
     build = Build(capture(segment, classes), capacity, True, 0, scale, shift)
     check, calibration = images[: _held_out(images)], images[_held_out(images) :]
     tail = Tail(network, [at])
-    return Halves("client", model, at, segment, tail, build, calibration, check)
+    return Halves("client", model, at, segment, tail, build, build, True, calibration, check)
 
 
 def _held_out(images: Images) -> int:
@@ -163,6 +177,11 @@ def _of_member(
         segment=segment,
         tail=tail,
         build=replace(member.build, graph=graph, moves=False),
+        client_build=replace(
+            member.build,
+            graph=member.build.graph.holding({**member.build.graph.weights, **weights}),
+        ),
+        upto=member.upto,
         calibration=train,
         samples=assembly.dataset.test,
     )
