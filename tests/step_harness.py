@@ -84,6 +84,18 @@ def vgg() -> nn.Module:
     )
 
 
+def windows() -> nn.Module:
+    """Pools of windows that overlap, and a ReLU that belongs to no layer; no norms."""
+    return nn.Sequential(
+        nn.Conv2d(2, 5, 3, 2, 1),
+        nn.MaxPool2d(3, 1, 1),
+        nn.ReLU(),
+        nn.AvgPool2d(3, 1, 1),
+        nn.Flatten(),
+        nn.Linear(5 * 5 * 7, 3),
+    )
+
+
 def mobilenet() -> nn.Module:
     """MobileNetV2, narrow; some of what comes to a ReLU6 is above six."""
     model = MobileNetV2(0.125, 4, channels=3, classes=10)
@@ -112,6 +124,8 @@ def _source(kind: str, width: int | None) -> _Source:
             return _Source(pools, (2, 13, 11), 3, 2)
         case "vgg":
             return _Source(vgg, (2, 13, 11), 3, 3)
+        case "windows":
+            return _Source(windows, (2, 9, 13), 3, 4)
         case "mobilenet":
             return _Source(mobilenet, (3, 11, 12), 10, 4)
     name, _, norm = kind.partition("-")
@@ -133,8 +147,8 @@ def case(
 ) -> Case:
     """The first stages of a network, exits at every cut, and a bottleneck at the last if given.
 
-    kind: resnet8, resnet18 or resnet20, with "-batch" behind it for batch norms; pools, vgg or
-    mobilenet. "-frozen" behind any of them freezes its batch norms.
+    kind: resnet8, resnet18 or resnet20, with "-batch" behind it for batch norms; pools, vgg,
+    windows or mobilenet. "-frozen" behind any of them freezes its batch norms.
     """
     torch.manual_seed(7)
     source = _source(kind.removesuffix("-frozen"), width)
@@ -210,25 +224,33 @@ def device(
 
     source replaces the generated C; through may put something between the host and the link.
     """
+    with running(board, folder, source or to_c(case.build)) as on:
+        device = Device(board, through(on.link), case.build, settings, close=on.close)
+        device.start(case.state, case.images)
+        yield device
+
+
+@contextmanager
+def running(board: str, folder: Path, source: str) -> Iterator[boards.Running]:
+    """The firmware with that segment.c, built and running on a board."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "segment.c").write_text(source or to_c(case.build))
+    (folder / "segment.c").write_text(source)
     known = boards.load_boards()[board]
     sanitize = board == "posix"
     # -O1: sanitizers make the compiler slow enough
     overrides = {"OPTIMIZE": "-O1"} if sanitize else {}
     # all but the segment is the same in every case: it is made once for each board, but for a
     # firmware with a fault planted
-    objects = _objects() / board if boards.firmware_root() == FIRMWARE else folder
+    kind = "int8" if "kernels/int8.h" in source else "float"
+    objects = _objects() / f"{board}-{kind}" if boards.firmware_root() == FIRMWARE else folder
     for made in ("segment.o", "segment.d"):
         (objects / made).unlink(missing_ok=True)
     firmware = boards.build(known, folder, objects, sanitize=sanitize, overrides=overrides)
     if objects != folder:
         elf = Path(shutil.copy2(firmware.elf, folder / "device.elf"))
         firmware = replace(firmware, elf=elf)
-    with boards.start(known, firmware) as running:
-        device = Device(board, through(running.link), case.build, settings, close=running.close)
-        device.start(case.state, case.images)
-        yield device
+    with boards.start(known, firmware) as on:
+        yield on
 
 
 @contextmanager

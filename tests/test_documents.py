@@ -11,11 +11,14 @@ from pathlib import Path
 from statistics import mean
 from typing import get_args
 
+import numpy as np
 import pytest
 from typer.main import get_group
 
 from host_harness import splitee
+from splitee.assemble_int8 import of_model
 from splitee.codec import KINDS
+from splitee.data import Images
 from splitee.fleet import Fleet, OptimizerTable
 from splitee.steps import Levers
 from splitee_exporters.c import to_c
@@ -117,6 +120,20 @@ def test_the_memory_of_a_first_stage_is_what_was_measured() -> None:
     again = {r["levers"]: f"{r['forward_macs_again']:.0%}" for r in results["rows"][::-1]}
     table = rows(section(DESIGN, "The memory of a first stage"))
     assert table == [[name, *sizes, again[name]] for name, sizes in measured.items()]
+
+
+def test_the_arenas_in_8_bits_are_those_that_are_planned() -> None:
+    text = section(DESIGN, "The memory of a first stage").split("In 8 bits")[1]
+    planned = []
+    for size, width in ((32, 16), (32, 8), (16, 8)):
+        shape = (3, size, size)
+        images = Images(np.zeros((6, *shape), np.uint8), np.zeros(6, np.uint8))
+        images.x[:] = np.random.default_rng(0).integers(0, 256, images.x.shape)
+        room = boards.load_boards()["qemu-m4"].for_assembly.room
+        assert room is not None
+        build = of_model("resnet8", "layer1", images, "qemu-m4", room, width=width)
+        planned.append(f"{build.plan.size:,}")
+    assert re.findall(r"\d+,\d+", text) == planned
 
 
 def test_what_a_link_carries_is_what_was_measured() -> None:

@@ -433,6 +433,7 @@ class _Writer:
             f"    .checksum = 0x{build.checksum:08x}u,",
             f"    .capacity = {build.capacity},",
             f"    .classes = {graph.classes},",
+            "    .value_size = sizeof(float),",
             f"    .cuts = {len(build.stages)},",
             f"    .infer_end = {build.schedule.infer_end},",
             f"    .forward_end = {build.schedule.forward_end},",

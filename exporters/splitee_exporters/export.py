@@ -20,7 +20,6 @@ from splitee_exporters.manifest import File
 Format = Literal["onnx", "tflite", "c"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 TIERS: Mapping[str, Format] = {"mcu": "tflite", "edge": "onnx", "host": "onnx"}
-CALIBRATED = 512  # samples, at most, that 8 bits are calibrated with
 CHECKED = 64  # samples that a file is held to PyTorch on
 OWN = 4  # times that what PyTorch's float32 is off by from float64 is allowed
 BATCHES = (1, 7, 24)  # sizes in which a file with a free batch runs them, in turn
@@ -138,7 +137,7 @@ def _onnx(subject: Subject, options: Options) -> tuple[list[File], Mapping[str, 
     if options.int8:
         from splitee_exporters import onnx_int8
 
-        small = onnx_int8.segment_to_int8(subject.build, subject.calibration.x[:CALIBRATED])
+        small = onnx_int8.segment_to_int8(subject.build, subject.calibration.x)
         verified = onnx.verify(
             small,
             images,
@@ -194,7 +193,7 @@ def _tflite(subject: Subject, options: Options) -> tuple[list[File], Mapping[str
     from splitee_exporters import tflite, tflite_run
 
     images, expected, _ = _expected(subject)
-    exported = tflite.segment_to_tflite(subject.build, subject.calibration.x[:CALIBRATED])
+    exported = tflite.segment_to_tflite(subject.build, subject.calibration.x)
     verified, arena = tflite_run.verify(exported, images, expected, "PyTorch")
     if arena and options.ram:
         arena.check(exported.name, options.board, options.ram)

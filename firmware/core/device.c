@@ -75,6 +75,11 @@ static void refuse(uint8_t error, uint32_t detail) {
     answer_fields(MESSAGE_REFUSED, MESSAGE_REFUSED_SIZE);
 }
 
+// Whether the segment is of 8 bits.
+static int infers_only(void) {
+    return segment.value_size == 1;
+}
+
 // memory
 
 struct memory {
@@ -87,7 +92,8 @@ static struct memory region_of(uint8_t which) {
     const struct stage *const last = &segment.stages[cut];
     const uint32_t held = segment.capacity;
     const uint32_t parameters = 4 * segment.parameter_size;
-    const uint32_t activations = 4 * held * last->activation_size;
+    const uint32_t value = segment.value_size;
+    const uint32_t activations = value * held * last->activation_size;
     const uint32_t images = held * segment.input_size;
     switch (which) {
     case REGION_WEIGHTS:
@@ -96,16 +102,18 @@ static struct memory region_of(uint8_t which) {
         return (struct memory){(uint8_t *)segment.momentum, segment.momentum ? parameters : 0, 1};
     case REGION_SHARD:
         return (struct memory){segment.shard, segment.samples_max * (1 + segment.input_size), 1};
-    case REGION_INPUT: // the last quarter of the float tensor that the images become
-        return (struct memory){(uint8_t *)segment.input + 3 * images, images, phase != FORWARDED};
+    case REGION_INPUT: // the last quarter of the float tensor that the images become, or all of it
+        return (struct memory){(uint8_t *)segment.input + (value - 1) * images, images,
+                               phase != FORWARDED};
     case REGION_ACTIVATIONS:
         return (struct memory){(uint8_t *)last->activations, activations, 0};
     case REGION_GRADIENT:
         return (struct memory){(uint8_t *)last->gradient, last->gradient ? activations : 0, 1};
     case REGION_LOGITS:
-        return (struct memory){(uint8_t *)last->logits, 4 * held * segment.classes, 0};
-    case REGION_CODED_ACTIVATIONS: // made as they are read
-        return (struct memory){(uint8_t *)last->activations, held * codec_size(&up), 0};
+        return (struct memory){(uint8_t *)last->logits, value * held * segment.classes, 0};
+    case REGION_CODED_ACTIVATIONS: // made as they are read, of floats
+        return (struct memory){(uint8_t *)last->activations,
+                               infers_only() ? 0 : held * codec_size(&up), 0};
     case REGION_CODED_GRADIENT:
         if (!last->gradient) {
             return (struct memory){0};
@@ -337,8 +345,10 @@ static void on_infer(const uint8_t *body, size_t size) {
         refuse(ERROR_TOO_MANY_SAMPLES, segment.capacity);
         return;
     }
-    normalize_forward(segment.input, region_of(REGION_INPUT).base, segment.scale, segment.shift,
-                      segment.channels, segment.input_size / segment.channels, m.count);
+    if (!infers_only()) {
+        normalize_forward(segment.input, region_of(REGION_INPUT).base, segment.scale, segment.shift,
+                          segment.channels, segment.input_size / segment.channels, m.count);
+    }
     struct pass answers = {.cut = cut, .upto = upto}; // beside that of a batch that is under way
     const uint32_t started = start();
     trainer_infer(&answers, m.count);
@@ -465,32 +475,37 @@ static void on_run(const uint8_t *body, size_t size) {
     }
 }
 
+enum { ANY, TRAINS }; // which segments a request is for: any, or those that can be trained
+
 // What there is to ask for: a body has at least size bytes, and more only where a tail may follow.
 static const struct {
     uint8_t code;
+    uint8_t trains;
     uint8_t size;
     uint8_t tail;
     void (*on)(const uint8_t *body, size_t size);
 } requests[] = {
-    {MESSAGE_SELECT, MESSAGE_SELECT_SIZE, MESSAGE_SELECT_TAIL, on_select},
-    {MESSAGE_CODING, MESSAGE_CODING_SIZE, MESSAGE_CODING_TAIL, on_coding},
-    {MESSAGE_SETTINGS, MESSAGE_SETTINGS_SIZE, MESSAGE_SETTINGS_TAIL, on_settings},
-    {MESSAGE_PLACE, MESSAGE_PLACE_SIZE, MESSAGE_PLACE_TAIL, on_place},
-    {MESSAGE_FORWARD, MESSAGE_FORWARD_SIZE, MESSAGE_FORWARD_TAIL, on_forward},
-    {MESSAGE_INFER, MESSAGE_INFER_SIZE, MESSAGE_INFER_TAIL, on_infer},
-    {MESSAGE_BACKWARD, MESSAGE_BACKWARD_SIZE, MESSAGE_BACKWARD_TAIL, on_backward},
-    {MESSAGE_STEP, MESSAGE_STEP_SIZE, MESSAGE_STEP_TAIL, on_step},
-    {MESSAGE_READ, MESSAGE_READ_SIZE, MESSAGE_READ_TAIL, on_read},
-    {MESSAGE_WRITE, MESSAGE_WRITE_SIZE, MESSAGE_WRITE_TAIL, on_write},
-    {MESSAGE_STATS, MESSAGE_STATS_SIZE, MESSAGE_STATS_TAIL, on_stats},
-    {MESSAGE_RUN, MESSAGE_RUN_SIZE, MESSAGE_RUN_TAIL, on_run},
+    {MESSAGE_SELECT, ANY, MESSAGE_SELECT_SIZE, MESSAGE_SELECT_TAIL, on_select},
+    {MESSAGE_CODING, TRAINS, MESSAGE_CODING_SIZE, MESSAGE_CODING_TAIL, on_coding},
+    {MESSAGE_SETTINGS, TRAINS, MESSAGE_SETTINGS_SIZE, MESSAGE_SETTINGS_TAIL, on_settings},
+    {MESSAGE_PLACE, TRAINS, MESSAGE_PLACE_SIZE, MESSAGE_PLACE_TAIL, on_place},
+    {MESSAGE_FORWARD, TRAINS, MESSAGE_FORWARD_SIZE, MESSAGE_FORWARD_TAIL, on_forward},
+    {MESSAGE_INFER, ANY, MESSAGE_INFER_SIZE, MESSAGE_INFER_TAIL, on_infer},
+    {MESSAGE_BACKWARD, TRAINS, MESSAGE_BACKWARD_SIZE, MESSAGE_BACKWARD_TAIL, on_backward},
+    {MESSAGE_STEP, TRAINS, MESSAGE_STEP_SIZE, MESSAGE_STEP_TAIL, on_step},
+    {MESSAGE_READ, ANY, MESSAGE_READ_SIZE, MESSAGE_READ_TAIL, on_read},
+    {MESSAGE_WRITE, ANY, MESSAGE_WRITE_SIZE, MESSAGE_WRITE_TAIL, on_write},
+    {MESSAGE_STATS, ANY, MESSAGE_STATS_SIZE, MESSAGE_STATS_TAIL, on_stats},
+    {MESSAGE_RUN, TRAINS, MESSAGE_RUN_SIZE, MESSAGE_RUN_TAIL, on_run},
 };
 
 static void act(const struct frame *f) {
     for (size_t i = 0; i < sizeof requests / sizeof requests[0]; i++) {
         if (requests[i].code == f->code) {
             const size_t size = requests[i].size;
-            if (f->size < size || (f->size > size && !requests[i].tail)) {
+            if (requests[i].trains && infers_only()) {
+                refuse(ERROR_INFERS_ONLY, 0);
+            } else if (f->size < size || (f->size > size && !requests[i].tail)) {
                 refuse(ERROR_BAD_LENGTH, (uint32_t)f->size);
             } else {
                 requests[i].on(f->body, f->size);

@@ -51,20 +51,24 @@ struct stage {
     uint32_t exit_parameters; // the first parameter of its exit
     uint32_t parameters_end;
     uint32_t activation_size; // elements per sample
-    float *activations;       // capacity x activation_size, in the arena
+    void *activations;        // capacity x activation_size, in the arena
     float *gradient;          // dLoss/dActivations, the same shape, in the arena, or NULL
-    float *logits;            // capacity x classes, in the arena
+    void *logits;             // capacity x classes, in the arena
 };
 
 // A segment's steps run in this order: trunk and exits forward [0, infer_end), losses
 // [infer_end, forward_end), exits and trunk backward [forward_end, backward_end). Once the weights
 // are updated, running statistics follow: [backward_end, step_end). Of each range, a pass runs the
 // steps that its cut and its exits need.
+//
+// A segment of 8 bits has no steps but those of infer_end, and nothing that training needs: sizes
+// are 0 there and pointers NULL.
 struct segment {
     uint32_t checksum;
-    uint16_t capacity; // samples held at once
-    uint16_t classes;  // labels are below this
-    uint16_t cuts;     // stages that the cut can be at the end of
+    uint16_t capacity;  // samples held at once
+    uint16_t classes;   // labels are below this
+    uint8_t value_size; // bytes of an element of input, activations and logits: 4, float; 1, int8
+    uint16_t cuts;      // stages that the cut can be at the end of
     uint16_t infer_end, forward_end, backward_end, step_end;
     uint16_t channels;          // of the input
     uint16_t samples_max;       // records the shard has room for
@@ -78,7 +82,7 @@ struct segment {
     float *weights;     // weight_size values, parameters first
     float *gradients;   // parameter_size values in the arena; NULL: layers learn at once (fused.h)
     float *momentum;    // parameter_size values in the arena, or NULL
-    float *input;       // capacity x input_size, in the arena
+    void *input;        // capacity x input_size, in the arena; int8: NHWC
     uint8_t *shard;     // samples_max records of 1 + input_size bytes; NULL where that is 0
     uint16_t *order;    // samples_max places: this epoch's order
     uint8_t *labels;    // capacity labels of the part held

@@ -28,7 +28,7 @@ void trainer_run(struct pass *pass, unsigned start, unsigned stop) {
 void trainer_put(size_t i, uint8_t label, const uint8_t *image) {
     const size_t size = segment.input_size;
     segment.labels[i] = label;
-    normalize_forward(segment.input + i * size, image, segment.scale, segment.shift,
+    normalize_forward((float *)segment.input + i * size, image, segment.scale, segment.shift,
                       segment.channels, size / segment.channels, 1);
 }
 

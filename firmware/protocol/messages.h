@@ -10,7 +10,7 @@
 #include "protocol/bytes.h"
 
 // CRC-32 of the whole schema: two ends with the same number speak the same wire.
-#define MESSAGES_SCHEMA 0xE0C2F39Eu
+#define MESSAGES_SCHEMA 0x568D546Du
 
 enum region {
     REGION_WEIGHTS = 0,
@@ -55,6 +55,7 @@ enum error {
     ERROR_LOCAL_ONLY = 16,
     ERROR_BAD_CODEC = 17,
     ERROR_BAD_CODE = 18,
+    ERROR_INFERS_ONLY = 19,
 };
 
 #define NOT_FINITE_LOSS 0xFFFFFFFFu

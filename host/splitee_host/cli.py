@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from splitee.assemble import Assembly
+    from splitee.assemble import Assembly, Member
+    from splitee.data import Images
     from splitee.fleet import Fleet
     from splitee.model import Cut
     from splitee.place import Build
+    from splitee.place_int8 import Int8Build
     from splitee.runs import Checkpoint, ClientSummary, Run
+    from splitee.server import Server
     from splitee.strategies import Averaging, Sequential
+    from splitee_host.boards import Firmware
     from splitee_host.launch import Launched
     from splitee_host.learner import Learner
     from splitee_host.memory import Usage
@@ -331,19 +335,67 @@ def _lever_table(entry: dict[str, Any]) -> Table:
 
 @app.command()
 def build(
-    fleet_file: FleetFile,
+    fleet_file: Annotated[
+        Path | None,
+        typer.Argument(help="The fleet file (TOML), or the folder of a run.", metavar="FLEET"),
+    ] = None,
     client: Annotated[str | None, typer.Option(help="Only this client.")] = None,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Segments of 8 bits, which answer images and learn nothing; of a run, its "
+            "checkpoint's.",
+        ),
+    ] = False,
+    board: Annotated[
+        str | None, typer.Option(help="With --int8 in place of a fleet: a board alone.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="With --board: the network, as a fleet file names it.")
+    ] = "resnet8",
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="With --board: of the network's first stage."),
+    ] = None,
+    cut: Annotated[
+        str, typer.Option(help="With --board: where the segment ends: path, number or auto.")
+    ] = "auto",
+    shape: Annotated[
+        str, typer.Option("--input", help="With --board: of an image, channels first.")
+    ] = "1x8x8",
+    data: Annotated[
+        str,
+        typer.Option(help="With --board: images that calibrate: digits, .npz or a folder of them."),
+    ] = "digits",
     out: Annotated[Path, typer.Option(help="Folder for what is built.")] = BUILD,
 ) -> None:
     """Build the firmware of the fleet's boards, with each client's segment in it."""
     from splitee.errors import FleetError
     from splitee.fleet import read
+    from splitee.runs import Run
     from splitee_exporters.c import to_c
+    from splitee_exporters.c_int8 import to_c as to_c_int8
     from splitee_host import keys
     from splitee_host.boards import load_boards
     from splitee_host.launch import build_firmware, usage
     from splitee_host.screen import memory_table
 
+    if (fleet_file is None) == (board is None):
+        raise FleetError("build takes a fleet file, or --board with --int8: give one of the two")
+    if fleet_file is None:
+        assert board is not None
+        if not int8:
+            raise FleetError(
+                "a board alone gets a segment of 8 bits: add --int8; what trains needs its fleet "
+                "file"
+            )
+        _build_alone(board, model, width, cut, shape, data, out)
+        return
+    checkpoint: Checkpoint | None = None
+    if fleet_file.is_dir():
+        run = Run(fleet_file)
+        fleet_file, checkpoint = run.fleet_file, run.load()
     assembly = _assembly(read(fleet_file))
     names = [c.name for c in assembly.fleet.client]
     if client is not None and client not in names:
@@ -352,18 +404,63 @@ def build(
     known_keys = keys.of_fleet(fleet_file, assembly.fleet.auth)
     usages = []
     for table in assembly.fleet.client:
-        board = known[table.board]
-        if client not in (None, table.name) or not board.firmware:
+        on = known[table.board]
+        if client not in (None, table.name) or not on.firmware:
             continue
-        member = assembly.member(table.name)
-        firmware = build_firmware(member.build, board, to_c, out, known_keys.get(table.name))
-        typer.echo(
-            f"{table.name}: {firmware.elf}: {firmware.flash_bytes:,} bytes of flash, "
-            f"{firmware.ram_bytes:,} of RAM"
-        )
-        usages.append(usage(table.name, board, firmware))
+        member, key = assembly.member(table.name), known_keys.get(table.name)
+        if int8:
+            build8 = _int8_of(assembly, member, checkpoint)
+            firmware = build_firmware(build8, on, to_c_int8, out, key)
+        else:
+            firmware = build_firmware(member.build, on, to_c, out, key)
+        typer.echo(_built(table.name, firmware))
+        usages.append(usage(table.name, on, firmware))
     if usages:
         _console().print(memory_table(usages))
+
+
+def _built(name: str, firmware: Firmware) -> str:
+    return (
+        f"{name}: {firmware.elf}: {firmware.flash_bytes:,} bytes of flash, "
+        f"{firmware.ram_bytes:,} of RAM"
+    )
+
+
+def _int8_of(assembly: Assembly, member: Member, checkpoint: Checkpoint | None) -> Int8Build:
+    """A client's segment in 8 bits, as a checkpoint has it, or as it begins."""
+    from splitee.assemble_int8 import of_member
+    from splitee.errors import CheckpointError
+
+    if checkpoint is None:
+        return of_member(assembly, member, member.state.weights)
+    if member.name not in checkpoint.states:
+        raise CheckpointError(
+            f'client "{member.name}": the checkpoint has nothing of it: train the fleet with it'
+        )
+    return of_member(assembly, member, checkpoint.states[member.name].weights)
+
+
+def _build_alone(
+    board: str, model: str, width: int | None, cut: str, shape: str, data: str, out: Path
+) -> None:
+    """Builds a network's segment of 8 bits for a board; its weights have learnt nothing."""
+    from splitee import samples
+    from splitee.assemble_int8 import of_model
+    from splitee.errors import FleetError
+    from splitee_exporters.c_int8 import to_c
+    from splitee_host.boards import load_boards, look_up
+    from splitee_host.launch import build_firmware, usage
+    from splitee_host.screen import memory_table
+
+    on = look_up(load_boards(), board)
+    room = on.for_assembly.room
+    if room is None:
+        raise FleetError(f"{board} runs no firmware: there is nothing to build for it")
+    images = samples.load(data, _shape(shape))
+    build8 = of_model(model, cut, images, on.name, room, width=width)
+    firmware = build_firmware(build8, on, to_c, out)
+    typer.echo(_built(on.name, firmware))
+    _console().print(memory_table([usage(on.name, on, firmware)]))
 
 
 @app.command()
@@ -571,11 +668,19 @@ def evaluate_run(
         float | None,
         typer.Option(min=0, max=1, help="An exit answers up to this normalised entropy."),
     ] = None,
+    device: Annotated[
+        bool,
+        typer.Option(
+            "--device",
+            help="Also on boards: those that run firmware answer with their segments in 8 bits.",
+        ),
+    ] = False,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many test images.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Test a run's checkpoint: each exit, the server, and early exits with the server's help."""
-    from rich.table import Table
-
     from splitee.fleet import read
     from splitee.runs import Run
     from splitee.train import evaluate
@@ -584,6 +689,7 @@ def evaluate_run(
     checkpoint = run.load()
     assembly = _assembly(read(run.fleet_file))
     threshold = assembly.fleet.entropy if entropy is None else entropy
+    images = assembly.dataset.test[:samples]
     rows: list[dict[str, Any]] = []
     members = [m for m in assembly.members if m.name in checkpoint.states]
     clients = [assembly.local(m) for m in members]
@@ -591,7 +697,8 @@ def evaluate_run(
     strategy.load(checkpoint.servers)
     for member, client in zip(members, clients, strict=True):
         client.start(checkpoint.states[member.name], member.images)
-        answers = evaluate(client, strategy.server(member.name), assembly.dataset.test)
+        server = strategy.server(member.name)
+        answers = evaluate(client, server, images)
         share, accuracy = answers.early(threshold)
         rows.append(
             {
@@ -603,20 +710,71 @@ def evaluate_run(
                 "accuracy": accuracy,
             }
         )
+        if device and assembly.boards[member.name].firmware:
+            rows[-1]["device"] = _on_device(
+                run, assembly, member, checkpoint, server, images, threshold
+            )
     if as_json:
         typer.echo(
             json.dumps({"round": checkpoint.round, "entropy": threshold, "clients": rows}, indent=2)
         )
         return
-    table = Table(title=f"round {checkpoint.round}; exits answer up to an entropy of {threshold:g}")
-    for name in ("client", "cut"):
+    title = f"round {checkpoint.round}; exits answer up to an entropy of {threshold:g}"
+    _console().print(_eval_table(title, rows, where=device))
+
+
+def _on_device(
+    run: Run,
+    assembly: Assembly,
+    member: Member,
+    checkpoint: Checkpoint,
+    server: Server,
+    images: Images,
+    threshold: float,
+) -> dict[str, Any]:
+    """What a client's board and its server answer together, and where it ran."""
+    from splitee_exporters.c_int8 import to_c
+    from splitee_host import early, keys
+    from splitee_host.boards import load_boards
+    from splitee_host.launch import key_of
+
+    known = keys.of_fleet(run.fleet_file, assembly.fleet.auth)
+    running = early.running(
+        member.name,
+        _int8_of(assembly, member, checkpoint),
+        load_boards()[member.table.board],
+        to_c,
+        BUILD,
+        link=member.table.link,
+        key=key_of(member.table, known, assembly.fleet.auth, run.fleet_file),
+        say=lambda text: typer.echo(text, err=True),
+    )
+    with running as (device, board):
+        answered = early.answer(device, server, images, threshold)
+        return {"board": board.name, "link": device.link.name, **asdict(answered)}
+
+
+def _eval_table(title: str, rows: list[dict[str, Any]], *, where: bool) -> Table:
+    """A line per client, and where it also answered on its board, one more."""
+    from rich.table import Table
+
+    figures = ("exit_accuracy", "server_accuracy", "share_at_exit", "accuracy")
+    table = Table(title=title)
+    for name in ("client", "cut", *(("where",) if where else ())):
         table.add_column(name)
     for name in ("exit", "server", "answered at the exit", "together"):
         table.add_column(name, justify="right")
+    if where:
+        table.add_column("bytes up a sample", justify="right")
     for row in rows:
-        figures = [row[k] for k in list(row)[2:]]
-        table.add_row(row["client"], row["cut"], *(f"{100 * v:.1f} %" for v in figures))
-    _console().print(table)
+        names, device = (row["client"], row["cut"]), row.get("device")
+        here = [f"{100 * row[k]:.1f} %" for k in figures]
+        table.add_row(*names, *(("here, float32",) if where else ()), *here, *(["-"] * where))
+        if device is not None:
+            there = [f"{100 * device[k]:.1f} %" if k in device else "-" for k in figures]
+            sent = f"{device['bytes_up_per_sample']:,}"
+            table.add_row(*names, f"{device['board']}, int8", *there, sent)
+    return table
 
 
 @app.command()
@@ -624,8 +782,8 @@ def export(
     source: Annotated[
         Path | None,
         typer.Argument(
-            help="A fleet file, or the folder of a run: each client, in the format of its tier.",
-            metavar="[FLEET|RUN]",
+            help="The fleet file (TOML), or the folder of a run: each client, as its tier wants.",
+            metavar="FLEET",
         ),
     ] = None,
     model: Annotated[
@@ -691,7 +849,7 @@ def export(
     from splitee import samples
     from splitee.errors import FleetError, SpliteeError
     from splitee.fleet import read
-    from splitee.halves import Halves, of_fleet, of_model
+    from splitee.halves import CALIBRATED, Halves, of_fleet, of_model
     from splitee.runs import Run
     from splitee_exporters.export import TIERS, Format, Options, summary
     from splitee_exporters.export import export as write
@@ -720,7 +878,7 @@ def export(
                 if data:
                     channels, height, line = made.build.graph.input_shape
                     images = samples.load(data, (channels, height, line))
-                    made = replace(made, calibration=images)
+                    made = replace(made, calibration=images[:CALIBRATED])
                 halves.append((made, boards[made.name], out / made.name))
     rows: list[dict[str, Any]] = []
     for made, name, folder in halves:

@@ -6,7 +6,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,20 +14,14 @@ from torch import Tensor
 from splitee.client import Part, Place, Settings, State, Stepped, spread, unsure_of
 from splitee.codec import PLAIN, Codec, Coding
 from splitee.data import Images
-from splitee.errors import DeviceRefused, LinkClosed, LinkError, Mismatch, NotFinite
+from splitee.errors import DeviceRefused, LinkClosed, LinkError, Mismatch, NotFinite, SpliteeError
 from splitee.ops import Array
 from splitee.place import Build
 from splitee.steps import Variant
-from splitee_host.errors import refusal
-from splitee_host.exchange import Exchange
 from splitee_host.link import Link
+from splitee_host.remote import Remote
 from splitee_host.wire import messages as m
-from splitee_host.wire.frame import Frame, coded_body
 
-Answer = TypeVar("Answer", bound=m.Message)
-Piece = m.Read | m.Write
-
-_PIECE = 64  # bytes of body that are worth a frame, however little a device keeps
 _ATTEMPT = 1.0  # seconds that a device gets to say hello again, however long it was silent
 _REOPEN = 0.2  # seconds between two tries to open a link again
 
@@ -39,7 +32,7 @@ def records(images: Images) -> bytes:
     return np.concatenate([images.y[:, None], flat], axis=1).tobytes()
 
 
-class Device:
+class Device(Remote):
     """A ``splitee.client.Client`` over a link."""
 
     def __init__(
@@ -59,20 +52,17 @@ class Device:
         reopen: Callable[[], Link] | None = None,
         close: Callable[[], None] | None = None,
     ) -> None:
-        """coding: its codecs. key, session, patience: as for ``Exchange``.
+        """coding: its codecs. key, session, patience, close: as for ``Remote``.
 
         unsure: normalised entropy of the exit at the cut, above which activations are fetched;
         None: all are.
         cut and upto: where it begins; the deepest cut and every exit built in, by default.
-        reopen: opens its link again when it broke; None: it stays broken. close: ends what was
-        started for it.
+        reopen: opens its link again when it broke; None: it stays broken.
         """
-        self.name = name
-        self.capacity = build.capacity
-        self.exchange = Exchange(
-            link, f'client "{name}"', key=key, patience=patience, session=session
+        super().__init__(
+            name, link, build.checksum, key=key, session=session, patience=patience, close=close
         )
-        self.traffic = self.exchange.traffic
+        self.capacity = build.capacity
         self.build = build
         self.coding = coding
         self.unsure = unsure
@@ -80,16 +70,9 @@ class Device:
         self._put(cut or build.stages[-1].cut, upto)
         self._settings = settings
         self._reopen = reopen
-        self._close = close
-        self._receive_max = self._send_max = 0
         self._broken = False
         self._images = Images(np.zeros((0,)), np.zeros((0,)))
         self._last = State({}, {}, Place(0, 0))  # what to go back to: the last state on both sides
-
-    @property
-    def link(self) -> Link:
-        """The way to it."""
-        return self.exchange.link
 
     @property
     def deadline(self) -> float | None:
@@ -100,44 +83,13 @@ class Device:
     def deadline(self, deadline: float | None) -> None:
         self.exchange.deadline = deadline
 
-    # requests
+    def _expects(self) -> str:
+        return f"the fleet file asks for {self.checksum:08x} (cut {self.cut}): run `splitee build`"
 
-    def request(self, message: m.Message, expected: type[Answer]) -> Answer:
-        """Sends a request and returns its answer.
-
-        Raises DeviceRefused when the device refuses, Timeout when it does not answer, LinkClosed
-        when it is gone, SessionLost when it was reset, Mismatch when its answer is none of ours;
-        NotFinite when it took no step.
-        """
-        (answer,) = self.exchange.ask([message])
-        return self._checked(message, answer, expected)
-
-    def _transfer(self, pieces: list[Piece], expected: type[Answer]) -> list[Answer]:
-        """The answers to the pieces of a transfer."""
-        frames = self.exchange.ask(pieces) if pieces else []
-        if len(frames) < len(pieces):  # one was refused
-            self._checked(pieces[0], frames[0], expected)
-            raise AssertionError("an answer to one of several pieces tells which")
-        return [self._checked(p, f, expected) for p, f in zip(pieces, frames, strict=True)]
-
-    def _checked(self, asked: m.Message, frame: Frame, expected: type[Answer]) -> Answer:
-        what = f'client "{self.name}" on {self.link.name}'
-        try:
-            answer = m.unpack(frame.code, frame.body)
-        except ValueError as error:  # of another schema: not even its Welcome need be ours
-            strange = str(error)
-        else:
-            if isinstance(answer, expected):
-                return answer
-            if isinstance(answer, m.Refused):
-                if answer.error == m.Error.NOT_FINITE:
-                    raise self._not_finite(answer.detail)
-                raise DeviceRefused(f"{what}: {refusal(asked, answer)}")
-            strange = type(answer).__name__
-        raise Mismatch(
-            f"{what} answered {type(asked).__name__} with something else ({strange}): "
-            "its firmware is not ours; run `splitee build`"
-        )
+    def _refused(self, asked: m.Message, answer: m.Refused) -> SpliteeError:
+        if answer.error == m.Error.NOT_FINITE:
+            return self._not_finite(answer.detail)
+        return super()._refused(asked, answer)
 
     def _not_finite(self, detail: int) -> NotFinite:
         owner, graph = f'client "{self.name}"', self.build.graph
@@ -146,62 +98,6 @@ class Device:
             return NotFinite(owner, taken_back=fused)
         name = graph.parameter_at(detail)
         return NotFinite(owner, name, detail - graph.places[name], taken_back=fused)
-
-    def hello(self, within: float | None = None) -> m.Welcome:
-        """Begins a session; within so many seconds, or as long as patience lasts.
-
-        Raises Mismatch when the device speaks another wire or holds another segment.
-        """
-        frame = self.exchange.hello(within)
-        ours, theirs = m.schema(), int.from_bytes(frame.body[:4], "little")
-        what = f'client "{self.name}" on {self.link.name}'
-        if theirs != ours:
-            raise Mismatch(
-                f"{what}: its firmware speaks schema {theirs:08x}, this host {ours:08x}: "
-                "run `splitee build` and load the new firmware"
-            )
-        welcome = self._checked(m.Hello(ours, 0), frame, m.Welcome)
-        if welcome.segment != self.build.checksum:
-            raise Mismatch(
-                f"{what}: its firmware holds segment {welcome.segment:08x}, the fleet file asks "
-                f"for {self.build.checksum:08x} (cut {self.cut}): run `splitee build` and load the "
-                "new firmware"
-            )
-        self.exchange.room = welcome.window
-        # pieces of which another finds room while the device is busy with one
-        piece = min(self.exchange.piece, max(_PIECE, coded_body(welcome.window)))
-        self._receive_max = min(piece, welcome.receive_max)
-        self._send_max = min(piece, welcome.send_max)
-        self.welcome = welcome
-        return welcome
-
-    def read(self, region: m.Region, offset: int, length: int) -> bytes:
-        """length bytes of a region, in one transfer."""
-        most = self._send_max - len(m.Content(0, b"").pack())
-        if region == m.Region.CODED_ACTIVATIONS:  # made in the memory that a request comes to
-            most = min(most, self._receive_max)
-        pieces: list[Piece] = [
-            m.Read(region, start, min(most, offset + length - start))
-            for start in range(offset, offset + length, most)
-        ]
-        contents = [answer.content for answer in self._transfer(pieces, m.Content)]
-        for piece, content in zip(pieces, contents, strict=True):
-            assert isinstance(piece, m.Read)
-            if len(content) != piece.length:
-                raise Mismatch(
-                    f'client "{self.name}" on {self.link.name} sent {len(content):,} bytes of '
-                    f"{region.name}, not {piece.length:,}: its firmware is not ours"
-                )
-        return b"".join(contents)
-
-    def write(self, region: m.Region, content: bytes, offset: int = 0) -> None:
-        """Replaces bytes of a region from offset on, in one transfer."""
-        most = self._receive_max - len(m.Write(region, 0, b"").pack())
-        pieces: list[Piece] = [
-            m.Write(region, offset + start, content[start : start + most])
-            for start in range(0, len(content), most)
-        ]
-        self._transfer(pieces, m.Written)
 
     def floats(self, region: m.Region, size: int, first: int = 0) -> Array:
         """size float32 values of a region, from the first'th on."""
@@ -414,9 +310,3 @@ class Device:
         """Gradients of this batch so far, by parameter."""
         vector = self._vector(m.Region.GRADIENTS, self.graph.parameters)
         return self.graph.unflatten_parameters(vector)
-
-    def close(self) -> None:
-        """Closes the link, and ends what was started for it."""
-        self.link.close()
-        if self._close is not None:
-            self._close()

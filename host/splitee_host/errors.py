@@ -24,6 +24,7 @@ _WORDS: dict[int, str] = {
     m.Error.LOCAL_ONLY: "it was built with local_only: it has no room for the server's gradient",
     m.Error.BAD_CODEC: "it has no codec {detail} for samples of this size: run `splitee build`",
     m.Error.BAD_CODE: "the coded gradient of sample {detail} is no code",
+    m.Error.INFERS_ONLY: "it answers images only, in 8 bits: run `splitee build` without --int8",
     m.Error.NO_SUCH_CUT: "its segment has {detail} cuts: run `splitee build`",
 }
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
 from splitee.assemble import Assembly, Member
 from splitee.client import Client
 from splitee.errors import BuildError, FleetError, KeyFileError, LinkError, MissingTool
+from splitee.fleet import ClientTable
 from splitee.place import SAMPLES_MAX, Build
 from splitee_host import boards, keys
 from splitee_host.boards import Board, Firmware
@@ -24,6 +26,18 @@ from splitee_host.link import Link, open_link
 from splitee_host.memory import Usage
 
 WriteSegment = Callable[[Build], str]  # the exporter of segment.c
+
+
+class Built(Protocol):
+    """A segment as it is built for a device, of whatever kind."""
+
+    @property
+    def checksum(self) -> int:
+        """What host and device compare at hello."""
+        ...
+
+
+AnyBuild = TypeVar("AnyBuild", bound=Built)
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Launched:
 
 
 def firmware_folder(
-    member_build: Build, board: Board, root: Path, key: bytes | None = None
+    member_build: Built, board: Board, root: Path, key: bytes | None = None
 ) -> Path:
     """Where a firmware is built; named by what is in it, so that the same is built once."""
     name = f"{board.name}-{member_build.checksum:08x}"
@@ -62,9 +76,9 @@ def usage(client: str, board: Board, firmware: Firmware) -> Usage:
 
 
 def build_firmware(
-    member_build: Build,
+    member_build: AnyBuild,
     board: Board,
-    write_segment: WriteSegment,
+    write_segment: Callable[[AnyBuild], str],
     root: Path,
     key: bytes | None = None,
 ) -> Firmware:
@@ -91,6 +105,24 @@ def build_firmware(
             "that you may write to"
         ) from error
     return boards.build(board, folder, folder)
+
+
+def key_of(
+    client: ClientTable, known: Mapping[str, bytes], auth: str, fleet_file: Path
+) -> bytes | None:
+    """The key of a client, of those that are known; None where none is needed.
+
+    Raises KeyFileError where it has none and others are on the network to it.
+    """
+    key, link = known.get(client.name), client.link
+    demanded = auth != "none" and link is not None
+    if key is None and demanded and keys.is_open_to_others(str(link)):
+        raise KeyFileError(
+            f'client "{client.name}": others are on the network to {link}, too: run `splitee keys '
+            f"{fleet_file}` and load firmware that is built with its key, or say "
+            'auth = "none" in the fleet file'
+        )
+    return key
 
 
 class Launcher:
@@ -152,16 +184,7 @@ class Launcher:
         return Launched(client, member, board.tier, device, "memory", 0)
 
     def _key_of(self, member: Member) -> bytes | None:
-        """The key of a client; None where none is needed."""
-        key, link = self._keys.get(member.name), member.table.link
-        demanded = self._assembly.fleet.auth != "none" and link is not None
-        if key is None and demanded and keys.is_open_to_others(str(link)):
-            raise KeyFileError(
-                f'client "{member.name}": others are on the network to {link}, too: run `splitee '
-                f"keys {self._fleet_file}` and load firmware that is built with its key, or say "
-                'auth = "none" in the fleet file'
-            )
-        return key
+        return key_of(member.table, self._keys, self._assembly.fleet.auth, self._fleet_file)
 
     def _device(
         self,

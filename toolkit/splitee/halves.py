@@ -25,6 +25,7 @@ from splitee.place import Build
 from splitee.runs import Checkpoint
 
 LEARNING_RATE = 0.05  # of the step that exports which learn are held to
+CALIBRATED = 512  # images, at most, that 8 bits are calibrated with
 CAPACITY = 8  # samples that a segment of no fleet holds at once
 
 
@@ -134,9 +135,9 @@ def of_model(
         segment = Segment(network, at, {at.name: Exit((channels, height, line), classes)})
     scale, shift = data.constants(images)
     build = Build(capture(segment, classes), capacity, True, 0, scale, shift)
-    check, calibration = images[: _held_out(images)], images[_held_out(images) :]
+    check, rest = images[: _held_out(images)], images[_held_out(images) :]
     tail = Tail(network, [at])
-    return Halves("client", model, at, segment, tail, build, build, True, calibration, check)
+    return Halves("client", model, at, segment, tail, build, build, True, rest[:CALIBRATED], check)
 
 
 def _held_out(images: Images) -> int:
@@ -161,6 +162,11 @@ def of_fleet(assembly: Assembly, checkpoint: Checkpoint | None = None) -> list[H
     ]
 
 
+def calibration_of(assembly: Assembly) -> Images:
+    """The images that a fleet's segments are calibrated with: of those that it trains on."""
+    return assembly.dataset.train[: assembly.fleet.data.samples][:CALIBRATED]
+
+
 def _of_member(
     assembly: Assembly, member: Member, weights: Mapping[str, Array], tail: Tail
 ) -> Halves:
@@ -169,7 +175,6 @@ def _of_member(
         for name, tensor in segment.tensors().items():
             tensor.copy_(torch.as_tensor(weights[name]))
     graph = member.graph.holding({n: weights[n] for n in member.graph.weights})
-    train = assembly.dataset.train[: assembly.fleet.data.samples]
     return Halves(
         name=member.name,
         model=assembly.fleet.model.name,
@@ -182,6 +187,6 @@ def _of_member(
             graph=member.build.graph.holding({**member.build.graph.weights, **weights}),
         ),
         upto=member.upto,
-        calibration=train,
+        calibration=calibration_of(assembly),
         samples=assembly.dataset.test,
     )

@@ -184,10 +184,7 @@ class Build:
             if there is not None and needed > there:
                 fitting = self.samples_that_fit(room) if has_shard else 0
                 shard = f" (of its {self.samples_max:,} samples {fitting:,} fit)" if fitting else ""
-                return (
-                    f"needs {kib(needed)} of {what}, {kib(needed - there)} more than the "
-                    f"{kib(there)} there are{shard}"
-                )
+                return lacks(what, needed, there) + shard
         return None
 
 
@@ -246,6 +243,12 @@ SHARD_GAP = 3
 def kib(size: int) -> str:
     """A size in KB (1,024 bytes) for people."""
     return f"{size / 1024:,.0f} KB" if size >= 10240 else f"{size / 1024:,.1f} KB"
+
+
+def lacks(what: str, needed: int, there: int) -> str:
+    """What is missing of a memory, in words."""
+    more = kib(needed - there)
+    return f"needs {kib(needed)} of {what}, {more} more than the {kib(there)} there are"
 
 
 def deepest_that_fits(builds: Sequence[Build], room: Room | None) -> Build | None:

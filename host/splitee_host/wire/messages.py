@@ -26,7 +26,11 @@ F32 = Annotated[float, "f"]
 
 
 class Region(IntEnum):
-    """The memories of a device that ``Read`` and ``Write`` reach; offsets count bytes."""
+    """The memories of a device that ``Read`` and ``Write`` reach; offsets count bytes.
+
+    Of a segment of 8 bits there are three: INPUT, ACTIVATIONS and LOGITS, all int8, the channels of
+    a pixel side by side (NHWC). The host makes such an input of an image.
+    """
 
     WEIGHTS = 0  # float32: every parameter, then every norm statistic, in the graph's order
     MOMENTUM = 1  # float32: one value per parameter; empty when built without momentum
@@ -72,6 +76,7 @@ class Error(IntEnum):
     LOCAL_ONLY = 16  # detail: 0; there is no room for the server's gradient
     BAD_CODEC = 17  # detail: the codec, which it has not, or which is none for samples of this size
     BAD_CODE = 18  # detail: the sample whose coded gradient nobody can have made
+    INFERS_ONLY = 19  # detail: 0; the segment is of 8 bits, and so has nothing to train
 
 
 NOT_FINITE_LOSS = 0xFFFFFFFF

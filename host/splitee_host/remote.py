@@ -1,0 +1,155 @@
+"""What is behind a link: greeted, asked, and its memories read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from splitee.errors import DeviceRefused, Mismatch, SpliteeError
+from splitee_host.errors import refusal
+from splitee_host.exchange import Exchange
+from splitee_host.link import Link
+from splitee_host.wire import messages as m
+from splitee_host.wire.frame import Frame, coded_body
+
+Answer = TypeVar("Answer", bound=m.Message)
+Piece = m.Read | m.Write
+
+_PIECE = 64  # bytes of body that are worth a frame, however little a device keeps
+
+
+class Remote:
+    """A client behind a link, whatever its segment is; firmware that is not ours is refused."""
+
+    def __init__(
+        self,
+        name: str,
+        link: Link,
+        checksum: int,
+        *,
+        key: bytes | None = None,
+        session: int | None = None,
+        patience: float = 30.0,
+        close: Callable[[], None] | None = None,
+    ) -> None:
+        """checksum: of the segment that has to be built in. close: ends what was started for it.
+
+        key, session, patience: as for ``Exchange``.
+        """
+        self.name = name
+        self.checksum = checksum
+        self.exchange = Exchange(
+            link, f'client "{name}"', key=key, patience=patience, session=session
+        )
+        self.traffic = self.exchange.traffic
+        self._close = close
+        self._receive_max = self._send_max = 0
+
+    @property
+    def link(self) -> Link:
+        """The way to it."""
+        return self.exchange.link
+
+    def request(self, message: m.Message, expected: type[Answer]) -> Answer:
+        """Sends a request and returns its answer.
+
+        Raises DeviceRefused when the device refuses, Timeout when it does not answer, LinkClosed
+        when it is gone, SessionLost when it was reset, Mismatch when its answer is none of ours.
+        """
+        (answer,) = self.exchange.ask([message])
+        return self._checked(message, answer, expected)
+
+    def _transfer(self, pieces: list[Piece], expected: type[Answer]) -> list[Answer]:
+        """The answers to the pieces of a transfer."""
+        frames = self.exchange.ask(pieces) if pieces else []
+        if len(frames) < len(pieces):  # one was refused
+            self._checked(pieces[0], frames[0], expected)
+            raise AssertionError("an answer to one of several pieces tells which")
+        return [self._checked(p, f, expected) for p, f in zip(pieces, frames, strict=True)]
+
+    def _checked(self, asked: m.Message, frame: Frame, expected: type[Answer]) -> Answer:
+        what = f'client "{self.name}" on {self.link.name}'
+        try:
+            answer = m.unpack(frame.code, frame.body)
+        except ValueError as error:  # of another schema: not even its Welcome need be ours
+            strange = str(error)
+        else:
+            if isinstance(answer, expected):
+                return answer
+            if isinstance(answer, m.Refused):
+                raise self._refused(asked, answer)
+            strange = type(answer).__name__
+        raise Mismatch(
+            f"{what} answered {type(asked).__name__} with something else ({strange}): "
+            "its firmware is not ours; run `splitee build`"
+        )
+
+    def _refused(self, asked: m.Message, answer: m.Refused) -> SpliteeError:
+        """The error that a refusal is."""
+        what = f'client "{self.name}" on {self.link.name}'
+        return DeviceRefused(f"{what}: {refusal(asked, answer)}")
+
+    def _expects(self) -> str:
+        """Who asks for which segment, and how it is built."""
+        return f"{self.checksum:08x} is expected: run `splitee build`"
+
+    def hello(self, within: float | None = None) -> m.Welcome:
+        """Begins a session; within so many seconds, or as long as patience lasts.
+
+        Raises Mismatch when the device speaks another wire or holds another segment.
+        """
+        frame = self.exchange.hello(within)
+        ours, theirs = m.schema(), int.from_bytes(frame.body[:4], "little")
+        what = f'client "{self.name}" on {self.link.name}'
+        if theirs != ours:
+            raise Mismatch(
+                f"{what}: its firmware speaks schema {theirs:08x}, this host {ours:08x}: "
+                "run `splitee build` and load the new firmware"
+            )
+        welcome = self._checked(m.Hello(ours, 0), frame, m.Welcome)
+        if welcome.segment != self.checksum:
+            raise Mismatch(
+                f"{what}: its firmware holds segment {welcome.segment:08x}, {self._expects()} and "
+                "load the new firmware"
+            )
+        self.exchange.room = welcome.window
+        # pieces of which another finds room while the device is busy with one
+        piece = min(self.exchange.piece, max(_PIECE, coded_body(welcome.window)))
+        self._receive_max = min(piece, welcome.receive_max)
+        self._send_max = min(piece, welcome.send_max)
+        self.welcome = welcome
+        return welcome
+
+    def read(self, region: m.Region, offset: int, length: int) -> bytes:
+        """length bytes of a region, in one transfer."""
+        most = self._send_max - len(m.Content(0, b"").pack())
+        if region == m.Region.CODED_ACTIVATIONS:  # made in the memory that a request comes to
+            most = min(most, self._receive_max)
+        pieces: list[Piece] = [
+            m.Read(region, start, min(most, offset + length - start))
+            for start in range(offset, offset + length, most)
+        ]
+        contents = [answer.content for answer in self._transfer(pieces, m.Content)]
+        for piece, content in zip(pieces, contents, strict=True):
+            assert isinstance(piece, m.Read)
+            if len(content) != piece.length:
+                raise Mismatch(
+                    f'client "{self.name}" on {self.link.name} sent {len(content):,} bytes of '
+                    f"{region.name}, not {piece.length:,}: its firmware is not ours"
+                )
+        return b"".join(contents)
+
+    def write(self, region: m.Region, content: bytes, offset: int = 0) -> None:
+        """Replaces bytes of a region from offset on, in one transfer."""
+        most = self._receive_max - len(m.Write(region, 0, b"").pack())
+        pieces: list[Piece] = [
+            m.Write(region, offset + start, content[start : start + most])
+            for start in range(0, len(content), most)
+        ]
+        self._transfer(pieces, m.Written)
+
+    def close(self) -> None:
+        """Closes the link, and ends what was started for it."""
+        self.link.close()
+        if self._close is not None:
+            self._close()
