@@ -28,15 +28,21 @@ void int8_conv2d(int8_t *y, const int8_t *x, const int8_t *w, const int32_t *b,
                  const struct window *s, size_t groups, int8_t zero, const struct int8_output *to,
                  size_t n, int8_t *scratch);
 
-// Pixels whose inputs are gathered at once, and the bytes that this may take.
+// Pixels whose inputs are gathered at once: four, or more by fours where these fit into
+// INT8_SCRATCH_SOME bytes. The bytes that this may take.
 #define INT8_PIXELS 4u
+#define INT8_PIXELS_MAX 16u
+#define INT8_SCRATCH_SOME 512u
 #define INT8_SCRATCH_MAX 4096u
 
-// Bytes of scratch of a convolution: what one to four pixels see. Nothing is kept there.
+// Bytes of scratch of a convolution: what one to sixteen pixels see. Nothing is kept there.
 static inline size_t int8_conv2d_scratch(const struct window *s, size_t groups) {
     const size_t one = (size_t)s->kernel_height * s->kernel_width * (s->in_channels / groups);
-    const size_t pixels = INT8_SCRATCH_MAX / one;
-    return one * (pixels < 1 ? 1 : pixels < INT8_PIXELS ? pixels : INT8_PIXELS);
+    const size_t fours = INT8_SCRATCH_SOME / one / INT8_PIXELS * INT8_PIXELS;
+    const size_t least = INT8_SCRATCH_MAX / one;
+    const size_t few = least < 1 ? 1 : least < INT8_PIXELS ? least : INT8_PIXELS;
+    const size_t many = fours < INT8_PIXELS_MAX ? fours : INT8_PIXELS_MAX;
+    return one * (many > few ? many : few);
 }
 
 // int8_depthwise.c. DEPTHWISE_CONV_2D: each channel on its own (out_channels = in_channels); w is

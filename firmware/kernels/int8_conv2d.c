@@ -11,17 +11,39 @@ static size_t least(size_t a, size_t b) {
 // What the pixels of a group see of an image.
 struct view {
     const struct window *s;
-    size_t channels, row; // bytes of a pixel, and of a row of a window
-    size_t pitch;         // bytes from a row of the image to the next
+    size_t channels, row, size; // bytes of a pixel, of a row of a window, and of a window
+    size_t pitch;               // bytes from a row of the image to the next
+    size_t first, stop; // columns of the output whose windows do not leave the image sideways
     int8_t zero;
 };
+
+static struct view view_of(const struct window *s, size_t channels, size_t size, int8_t zero) {
+    struct view v = {
+        .s = s,
+        .channels = channels,
+        .row = s->kernel_width * channels,
+        .size = size,
+        .pitch = (size_t)s->in_width * s->in_channels,
+        .zero = zero,
+    };
+    const size_t end = s->in_width + (size_t)s->padding_width;
+    if (channels == s->in_channels && end >= s->kernel_width) {
+        v.first = (s->padding_width + s->stride_width - 1u) / s->stride_width;
+        v.stop = (end - s->kernel_width) / s->stride_width + 1;
+    }
+    return v;
+}
 
 // One row of a window whose columns first ... stop - 1 lie inside the image.
 static void gather_row(int8_t *to, const int8_t *from, const struct view *v, size_t first,
                        size_t stop) {
     int8_fill(to, v->zero, first * v->channels);
-    for (size_t kx = first; kx < stop; kx++, from += v->s->in_channels) {
-        int8_copy(to + kx * v->channels, from, v->channels);
+    if (v->channels == v->s->in_channels) {
+        int8_copy(to + first * v->channels, from, (stop - first) * v->channels);
+    } else {
+        for (size_t kx = first; kx < stop; kx++, from += v->s->in_channels) {
+            int8_copy(to + kx * v->channels, from, v->channels);
+        }
     }
     int8_fill(to + stop * v->channels, v->zero, v->row - stop * v->channels);
 }
@@ -44,23 +66,41 @@ static void gather_edge(int8_t *to, const int8_t *image, const struct view *v, s
     }
 }
 
-// The same where the window lies inside the image, and all of its channels are seen.
-static inline void gather_inside(int8_t *to, const int8_t *from, const struct view *v) {
-    for (size_t ky = v->s->kernel_height; ky > 0; ky--, from += v->pitch, to += v->row) {
-        int8_copy(to, from, v->row);
+// What several neighbours see whose windows do not leave the image sideways, row by row.
+static void gather_inside(int8_t *to, const int8_t *image, const struct view *v, size_t top,
+                          size_t left, size_t pixels) {
+    const struct window *s = v->s;
+    const size_t step = s->stride_width * v->channels;
+    for (size_t ky = 0; ky < s->kernel_height; ky++, to += v->row) {
+        const size_t iy = top + ky - s->padding_height;
+        int8_t *put = to;
+        if (iy < s->in_height) {
+            const size_t ix = left - s->padding_width;
+            const int8_t *from = image + iy * v->pitch + ix * v->channels;
+            int8_copy_all(put, v->size, from, step, v->row, pixels);
+        } else {
+            for (size_t i = pixels; i > 0; i--, put += v->size) {
+                int8_fill(put, v->zero, v->row);
+            }
+        }
     }
 }
 
-static inline void gather(int8_t *to, const int8_t *image, const struct view *v, size_t oy,
-                          size_t ox) {
+// What the pixels from (oy, ox) on see, which are in one row of the output.
+static void gather(int8_t *to, const int8_t *image, const struct view *v, size_t oy, size_t ox,
+                   size_t pixels) {
     const struct window *s = v->s;
-    const size_t top = oy * s->stride_height, left = ox * s->stride_width;
-    const size_t iy = top - s->padding_height, ix = left - s->padding_width; // huge outside
-    if (iy < s->in_height && iy + s->kernel_height <= s->in_height && ix < s->in_width &&
-        ix + s->kernel_width <= s->in_width && v->channels == s->in_channels) {
-        gather_inside(to, image + iy * v->pitch + ix * s->in_channels, v);
-    } else {
-        gather_edge(to, image, v, top, left);
+    const size_t top = oy * s->stride_height, end = ox + pixels;
+    while (ox < end) {
+        size_t some = 1;
+        if (ox >= v->first && ox < v->stop) {
+            some = least(v->stop, end) - ox;
+            gather_inside(to, image, v, top, ox * s->stride_width, some);
+        } else {
+            gather_edge(to, image, v, top, ox * s->stride_width);
+        }
+        ox += some;
+        to += some * v->size;
     }
 }
 
@@ -87,11 +127,7 @@ void int8_conv2d(int8_t *y, const int8_t *x, const int8_t *w, const int32_t *b,
         int8_rows(y, out, x, n * out_area, &m);
         return;
     }
-    const struct view v = {.s = s,
-                           .channels = channels,
-                           .row = s->kernel_width * channels,
-                           .pitch = (size_t)s->in_width * s->in_channels,
-                           .zero = zero};
+    const struct view v = view_of(s, channels, m.size, zero);
     const size_t most = int8_conv2d_scratch(s, groups) / m.size;
     for (size_t group = 0; group < groups; group++) {
         const int8_t *image = x + group * channels;
@@ -100,9 +136,11 @@ void int8_conv2d(int8_t *y, const int8_t *x, const int8_t *w, const int32_t *b,
             size_t oy = 0, ox = 0;
             for (size_t left = out_area, rows; left > 0; left -= rows) {
                 rows = least(most, left);
-                for (size_t i = 0; i < rows; i++) {
-                    gather(scratch + i * m.size, image, &v, oy, ox);
-                    if (++ox == s->out_width) {
+                for (size_t i = 0, some; i < rows; i += some) {
+                    some = least(rows - i, s->out_width - ox);
+                    gather(scratch + i * m.size, image, &v, oy, ox, some);
+                    ox += some;
+                    if (ox == s->out_width) {
                         ox = 0;
                         oy++;
                     }

@@ -38,14 +38,21 @@ void int8_depthwise(int8_t *y, const int8_t *x, const int8_t *w, const int32_t *
         for (size_t oy = 0; oy < s->out_height; oy++) {
             const size_t iy = oy * s->stride_height - s->padding_height;
             const int rows = iy < s->in_height && iy + s->kernel_height <= s->in_height;
+            int inside = 0; // at is that of a pixel of this row whose window is
+            size_t from = 0;
             for (size_t ox = 0; ox < s->out_width; ox++, y += channels) {
                 const size_t ix = ox * s->stride_width - s->padding_width;
-                if (rows && ix < s->in_width && ix + s->kernel_width <= s->in_width) {
-                    look_inside(at, x + iy * pitch + ix * channels, s, pitch);
-                } else {
+                if (!rows || ix >= s->in_width || ix + s->kernel_width > s->in_width) {
                     look(at, x, s, iy, ix, scratch);
+                    inside = 0;
+                    from = 0;
+                } else if (inside) {
+                    from += s->stride_width * channels;
+                } else {
+                    look_inside(at, x + iy * pitch + ix * channels, s, pitch);
+                    inside = 1;
                 }
-                int8_taps(y, at, taps, channels, w, b, to);
+                int8_taps(y, at, from, taps, channels, w, b, to);
             }
         }
     }

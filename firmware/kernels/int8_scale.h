@@ -22,14 +22,13 @@ static inline struct int8_factor int8_factor(int32_t multiplier, int shift) {
 static inline int32_t int8_shift_right(int32_t value, int shift, int32_t more) {
 #if defined(__thumb2__)
     // The last bit that leaves is the carry, and rounds up. Halves below 0 are to go down: there 1
-    // is taken away before. Where nothing leaves, the carry stays that of adding nothing.
-    const int32_t below = value & -shift;
+    // is taken away before. Where nothing leaves, the carry is that of taking away, and undoes it.
     int32_t found;
-    __asm__("adds %0, %1, %2, asr #31\n\t"
-            "asrs %0, %0, %3\n\t"
-            "adc %0, %0, %4"
+    __asm__("adds %0, %1, %1, asr #31\n\t"
+            "asrs %0, %0, %2\n\t"
+            "adc %0, %0, %3"
             : "=&r"(found)
-            : "r"(value), "r"(below), "r"(shift), "r"(more)
+            : "r"(value), "r"(shift), "rI"(more)
             : "cc");
     return found;
 #else
@@ -39,10 +38,27 @@ static inline int32_t int8_shift_right(int32_t value, int shift, int32_t more) {
 #endif
 }
 
+// The upper half of the doubled product to the nearest, halves up.
+static inline int32_t int8_upper(int32_t a, int32_t b) {
+#if defined(__thumb2__)
+    int32_t upper, lower;
+    __asm__("smull %1, %0, %2, %3\n\t"
+            "lsls %1, %1, #1\n\t"
+            "adc %0, %0, %0\n\t"
+            "add %0, %0, %1, lsr #31"
+            : "=&r"(upper), "=&r"(lower)
+            : "r"(a), "r"(b)
+            : "cc");
+    return upper;
+#else
+    return (int32_t)(((int64_t)a * b + (1 << 30)) >> 31);
+#endif
+}
+
 // sum * multiplier / 2^31 * 2^shift, and `more`.
 static inline int32_t int8_multiply(int32_t sum, struct int8_factor f, int32_t more) {
-    const int64_t product = (int64_t)(int32_t)((uint32_t)sum << f.left) * f.multiplier;
-    return int8_shift_right((int32_t)((product + (1 << 30)) >> 31), f.right, more);
+    const int32_t shifted = (int32_t)((uint32_t)sum << f.left);
+    return int8_shift_right(int8_upper(shifted, f.multiplier), f.right, more);
 }
 
 // Into min ... max.

@@ -142,7 +142,8 @@ def _convolution(kernel: str, image: Image, numbers: Numbers) -> Call:
     sums = w.astype(np.int64).sum(axis=(0, 1, 2) if depthwise else (1, 2, 3))
     folded = (b - numbers.zero * sums).astype(np.int32)
     one = int(np.prod(image.kernel)) * (image.channels // image.groups)
-    scratch = image.channels if depthwise else one * max(1, min(4, 4096 // one))
+    pixels = max(min(16, 512 // one // 4 * 4), min(4, 4096 // one), 1)
+    scratch = image.channels if depthwise else one * pixels
     arguments = (
         *(x, w, folded, image),
         *(() if depthwise else (image.groups,)),
@@ -280,6 +281,7 @@ CONVOLUTIONS = {
     "1x1 of 1 channel": Image((3, 3), (1, 1), channels=1, out=2, n=1),
     "1x1 of 3 channels": Image((3, 3), (1, 1), channels=3, out=5, n=1),
     "1x1 stride 2": Image((5, 6), (1, 1), (2, 2), channels=19, out=4),
+    "1x1 of 32 channels": Image((3, 4), (1, 1), channels=32, out=5),
     "1x1 padding 1": Image((2, 3), (1, 1), padding=(1, 1), channels=4, out=2),
     "one pixel": Image((1, 1), (3, 3), padding=(1, 1), channels=6, out=7, n=3),
     "narrower than the window": Image((2, 2), (5, 5), padding=(3, 3), channels=2, out=3),
@@ -311,8 +313,8 @@ POOLS = {
 LAYERS = {
     "10 to 5": (10, 5, 3),
     "1 to 1": (1, 1, 1),
-    "67 to 17": (67, 17, 2),
-    "16 to 4": (16, 4, 1),
+    "67 to 17": (67, 17, 6),
+    "16 to 4": (16, 4, 5),
 }
 ADDITIONS = {
     "equal scales": ((0.5, 0.5), (0, 0), Numbers()),

@@ -109,7 +109,12 @@ class Fault:
 
 
 FAULTS = {
-    "halves below 0": Fault("qemu-m3", "int8_scale.h", "value & -shift", "0", "conv2d 3 to 16"),
+    "halves below 0": Fault(
+        "qemu-m3", "int8_scale.h", "adds %0, %1, %1, asr #31", "adds %0, %1, #0", "conv2d 3 to 16"
+    ),
+    "one rounding less": Fault(
+        "qemu-m3", "int8_scale.h", "add %0, %0, %1, lsr #31", "", "conv2d 3 to 16"
+    ),
     "a pair of bytes": Fault(
         "qemu-m4",
         "fast/dsp_int8_rows.c",
@@ -138,11 +143,59 @@ FAULTS = {
         "s2 = __smlatt(x13, g13, s2)",
         "depthwise 3x3",
     ),
+    "an addend's zero": Fault(
+        "qemu-m4",
+        "fast/dsp_int8_add.c",
+        "zero_b = of_b->zero",
+        "zero_b = of_a->zero",
+        "add unequal scales",
+    ),
+    "a rounding of the product": Fault(
+        "qemu-m4", "fast/dsp_int8_add.c", "smmulr", "smmul", "add unequal scales"
+    ),
     "bytes that have been there before, of a vector": Fault(
         "qemu-m55",
+        "fast/mve_int8_quads.c",
+        "(int8_t)(32 - size)",
+        "(int8_t)(31 - size)",
+        "conv2d 3 to 16",
+    ),
+    "two rows that change places": Fault(
+        "qemu-m55", "fast/mve_int8_quads.c", "%[s0], %[s2]", "%[s2], %[s0]", "conv2d 17 to 5"
+    ),
+    "halves below 0, of four rows": Fault(
+        "qemu-m55",
+        "fast/mve_int8_quads.c",
+        "vshr.s32 q0, %q[s0], #31",
+        "vmov.i32 q0, #0",
+        "conv2d 3 to 16",
+    ),
+    "shifts that grow": Fault(
+        "qemu-m55",
         "fast/mve_int8_rows.c",
-        "(int8_t)(16 - size % 16)",
-        "(int8_t)(15 - size % 16)",
+        "return most < 0",
+        "return 1",
+        "conv2d 3 to 16, factors above 1",
+    ),
+    "a channel that makes no pair": Fault(
+        "qemu-m55",
+        "fast/mve_int8_rows.c",
+        "m->channels % 2 > 0",
+        "m->channels == 0",
+        "conv2d 17 to 5",
+    ),
+    "channels that change places, of a vector": Fault(
+        "qemu-m55",
+        "fast/mve_int8_taps.c",
+        "vmovltq_s16(even)",
+        "vmovlbq_s16(even)",
+        "depthwise 3x3",
+    ),
+    "the end of a row, of a vector": Fault(
+        "qemu-m55",
+        "int8_bytes.h",
+        "vctp8q(size)",
+        "vctp8q(16)",
         "conv2d 3 to 16",
     ),
     "channels that are not there, of a vector": Fault(

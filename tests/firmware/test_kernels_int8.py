@@ -159,9 +159,7 @@ FAULTS = {
     "halves towards 0": Fault(
         "int8_scale.h", "(mask >> 1) + (value < 0)", "(mask >> 1) + 1", "conv2d 3 to 16"
     ),
-    "one rounding less": Fault(
-        "int8_scale.h", "product + (1 << 30)", "product", "add unequal scales"
-    ),
+    "one rounding less": Fault("int8_scale.h", "* b + (1 << 30)", "* b", "add unequal scales"),
     "no shift to the left": Fault(
         "int8_scale.h", "sum << f.left", "sum << 0", "conv2d 3 to 16, factors above 1"
     ),
@@ -183,6 +181,15 @@ FAULTS = {
     ),
     "padding of a depthwise convolution": Fault(
         "int8_depthwise.c", "int8_fill(scratch, zero, channels)", "", "depthwise 3x3, zero points"
+    ),
+    "neighbours of a depthwise convolution": Fault(
+        "int8_depthwise.c",
+        "from += s->stride_width * channels",
+        "from += channels",
+        "depthwise stride 2",
+    ),
+    "padding of neighbours": Fault(
+        "int8_conv2d.c", "int8_fill(put, v->zero, v->row)", "", "conv2d 3 to 16, zero points"
     ),
     "a factor for each output": Fault(
         "int8_rows.c", "channel * m->step", "channel", "linear 67 to 17, zero points at the ends"

@@ -21,7 +21,8 @@ INPUT = "input"  # the buffer that is full before a schedule's first step
 IN_PLACE = ("add", "relu")  # element by element: the output may lie on an input
 
 _EVERY_PASS = Place(0, "trunk")
-_PIXELS, _SCRATCH_MAX = 4, 4096  # of int8.h
+_PIXELS, _PIXELS_MAX = 4, 16  # of int8.h: gathered at once, beyond the first where they are small
+_SCRATCH_SOME, _SCRATCH_MAX = 512, 4096
 
 
 def scratch(op: Int8Op) -> str:
@@ -37,7 +38,8 @@ def scratch_bytes(graph: Int8Graph, op: Int8Op) -> int:
     if graph.depthwise(op):
         return channels
     one: int = math.prod(op.attrs["kernel"]) * (channels // op.attrs["groups"])
-    return one * min(max(1, _SCRATCH_MAX // one), _PIXELS)
+    several = min(_PIXELS_MAX, _SCRATCH_SOME // one // 4 * 4)
+    return one * max(several, min(_PIXELS, _SCRATCH_MAX // one), 1)
 
 
 def schedule(

@@ -39,12 +39,16 @@ static inline int dsp_narrow(const struct int8_output *to) {
     return to->min > INT8_MIN || to->max < INT8_MAX;
 }
 
-// int8_put, for an output that is narrow or not. (Of GCC's own word for ssat the warnings are not
+// int8_clamp, for an output that is narrow or not. (Of GCC's own word for ssat the warnings are not
 // clean.)
-static inline int8_t dsp_put(int32_t sum, struct int8_factor f, struct int8_output to, int narrow) {
-    int32_t value = int8_multiply(sum, f, to.zero);
+static inline int8_t dsp_clamp(int32_t value, struct int8_output to, int narrow) {
     __asm__("ssat %0, #8, %0" : "+r"(value));
     return narrow ? int8_clamp(value, to) : (int8_t)value;
+}
+
+// int8_put likewise.
+static inline int8_t dsp_put(int32_t sum, struct int8_factor f, struct int8_output to, int narrow) {
+    return dsp_clamp(int8_multiply(sum, f, to.zero), to, narrow);
 }
 
 #endif // INT8_DSP

@@ -6,8 +6,8 @@
 
 #include "kernels/int8_taps.h"
 
-void int8_taps(int8_t *y, const int8_t *const *at, size_t taps, size_t channels, const int8_t *w,
-               const int32_t *b, const struct int8_output *to) {
+void int8_taps(int8_t *y, const int8_t *const *at, size_t from, size_t taps, size_t channels,
+               const int8_t *w, const int32_t *b, const struct int8_output *to) {
     const struct int8_output output = *to; // which y cannot change
     const int narrow = dsp_narrow(to);
     size_t channel = 0;
@@ -15,7 +15,7 @@ void int8_taps(int8_t *y, const int8_t *const *at, size_t taps, size_t channels,
         int32_t s0 = b[channel], s1 = b[channel + 1], s2 = b[channel + 2], s3 = b[channel + 3];
         const int8_t *weights = w + channel;
         for (size_t tap = 0; tap < taps; tap++, weights += channels) {
-            const uint32_t seen = dsp_load(at[tap] + channel), g = dsp_load(weights);
+            const uint32_t seen = dsp_load(at[tap] + from + channel), g = dsp_load(weights);
             const int16x2_t x02 = dsp_even(seen), x13 = dsp_odd(seen);
             const int16x2_t g02 = dsp_even(g), g13 = dsp_odd(g);
             s0 = __smlabb(x02, g02, s0);
@@ -32,7 +32,7 @@ void int8_taps(int8_t *y, const int8_t *const *at, size_t taps, size_t channels,
     for (; channel < channels; channel++) {
         int32_t sum = b[channel];
         for (size_t tap = 0; tap < taps; tap++) {
-            sum += w[tap * channels + channel] * at[tap][channel];
+            sum += w[tap * channels + channel] * at[tap][from + channel];
         }
         y[channel] = dsp_put(sum, int8_factor_of(&output, channel), output, narrow);
     }
