@@ -12,7 +12,9 @@ from splitee.data import Images
 from splitee.graph import Graph
 from splitee.ops import Array
 from splitee.place import Build
-from splitee_exporters import library, manifest
+from splitee.place_int8 import Int8Build
+from splitee.quantize import quantize
+from splitee_exporters import library_int8, library_train, manifest
 from splitee_exporters.manifest import File
 
 # onnx and tflite are imported where they are needed: their packages are extras
@@ -201,11 +203,26 @@ def _tflite(subject: Subject, options: Options) -> tuple[list[File], Mapping[str
 
 
 def _c(subject: Subject, options: Options) -> tuple[list[File], Mapping[str, bytes]]:
+    file, files = (_c_int8 if options.int8 else _c_train)(subject, options)
+    return [file], {path: data for path, data in files.items() if path != file.name}
+
+
+def _c_int8(subject: Subject, options: Options) -> tuple[File, Mapping[str, bytes]]:
+    images, expected, _ = _expected(subject)
+    build = subject.build
+    graph = quantize(build.graph, subject.calibration.x, build.scale, build.shift)
+    build8 = Int8Build(graph, subject.cut_name)
+    made = library_int8.to_library(build8, options.firmware, subject.samples)
+    verified = library_int8.verify(made, images, expected, "PyTorch")
+    return made.file(build, verified), made.files
+
+
+def _c_train(subject: Subject, options: Options) -> tuple[File, Mapping[str, bytes]]:
     images, expected, allowed = _expected(subject)
     samples = subject.samples
     learnt, allowed_learning = _learnt(subject)
-    made = library.to_library(subject.build, options.firmware, samples.x, samples.y)
-    verified = library.verify(
+    made = library_train.to_library(subject.build, options.firmware, samples)
+    verified = library_train.verify(
         made,
         Images(images, samples.y[:CHECKED]),
         expected,
@@ -215,8 +232,7 @@ def _c(subject: Subject, options: Options) -> tuple[list[File], Mapping[str, byt
         tolerance=allowed,
         learning_tolerance=allowed_learning,
     )
-    file = made.file(verified)
-    return [file], {path: data for path, data in made.files.items() if path != file.name}
+    return made.file(verified), made.files
 
 
 def summary(file: File) -> dict[str, Any]:

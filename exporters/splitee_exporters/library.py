@@ -1,9 +1,8 @@
-"""Build -> a C library: a folder with a client's segment that compiles with no other file of ours.
+"""A segment as a C library: a folder that compiles with no other file of ours.
 
 Under ``src`` stand the generated ``segment.c`` and those of the firmware's files that it needs, as
 they are; one include path, ``src``, serves all of them. That is the layout that PlatformIO and the
-Arduino tools expect of a library, and any other build compiles ``src/**/*.c``. An example trains
-the segment on a few images and answers them.
+Arduino tools expect of a library, and any other build compiles ``src/**/*.c``.
 """
 
 from __future__ import annotations
@@ -15,27 +14,11 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from splitee.data import Images
 from splitee.errors import BuildError, ExportError, MissingTool
 from splitee.ops import Array
-from splitee.place import Build
-from splitee_exporters.c import to_c
-from splitee_exporters.manifest import (
-    CURES,
-    LARGEST,
-    LEARNING_TOLERANCE,
-    TOLERANCE,
-    File,
-    Verified,
-    error_of,
-    learning_errors,
-    made_by,
-)
+from splitee_exporters.manifest import made_by
 
 NAME = "splitee-segment"
 SOURCES = ("core/trainer.c", "core/step.c", "core/fused.c")  # and all kernels: where to look
@@ -45,58 +28,26 @@ _PROTOTYPE = re.compile(r"^[A-Za-z_][^{};#]*\);", re.MULTILINE)
 _INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Library:
-    """The files of a library by their path in its folder, and what they were made from."""
+def files(
+    firmware: Path, generated: Mapping[str, str], read_me: str, about: str, includes: str
+) -> dict[str, bytes]:
+    """All files of a library, by their path in its folder.
 
-    build: Build
-    files: Mapping[str, bytes]
-
-    def file(self, verified: Verified) -> File:
-        """What a manifest says of it; only what is verified has that."""
-        build = self.build
-        graph = build.graph
-        interface = {
-            "language": "C11",
-            "include_path": "src",
-            "input": {
-                "type": "uint8",
-                "shape": list(graph.input_shape),
-                "scale": build.scale,
-                "shift": build.shift,
-            },
-            "outputs": [
-                {"name": name, "type": "float32", "shape": list(graph.shapes[tensor])}
-                for name, tensor in (("activations", graph.cut), ("logits", graph.logits))
-            ],
-            "capacity": build.capacity,
-            "arena_bytes": build.arena_bytes,
-            "ram_bytes": build.arena_bytes + 4 * graph.weight_size + build.capacity,
-            "trains": True,
-        }
-        return File("src/segment.c", self.files["src/segment.c"], graph, interface, verified)
-
-
-def to_library(build: Build, firmware: Path, images: Array, labels: Array) -> Library:
-    """The library of a segment up to the build's deepest cut.
-
-    firmware: the folder of the firmware's sources. images: uint8, (samples, channels, height,
-    width), with labels, for the example; as many as two batches take are used. Raises ModelError,
-    naming the operation, for a kind that has no kernel.
+    firmware: the folder of the firmware's sources. generated: C texts by path. about: a sentence.
+    includes: the header that a program includes.
     """
-    build = replace(build, samples_max=0)
-    segment = to_c(build)
-    main = _example(build, images, labels)
     texts = {
-        "src/segment.c": segment,
-        "examples/train/main.c": main,
-        "README.md": _read_me(build),
-        "library.json": json.dumps(_platformio(), indent=2) + "\n",
-        "library.properties": "".join(f"{k}={v}\n" for k, v in _arduino().items()),
+        **generated,
+        "README.md": read_me,
+        "library.json": json.dumps(_platformio(about), indent=2) + "\n",
+        "library.properties": "".join(f"{k}={v}\n" for k, v in _arduino(about, includes).items()),
         "LICENSE": _licence(),
     }
-    texts |= {f"src/{path}": text for path, text in _needed(firmware, [segment, main]).items()}
-    return Library(build, {path: text.encode() for path, text in texts.items()})
+    needed = _needed(firmware, list(generated.values()))
+    # what is generated includes its own, too
+    own = {path.removeprefix("src/") for path in generated}
+    texts |= {f"src/{path}": text for path, text in needed.items() if path not in own}
+    return {path: text.encode() for path, text in texts.items()}
 
 
 def _needed(firmware: Path, texts: list[str]) -> dict[str, str]:
@@ -114,143 +65,43 @@ def _needed(firmware: Path, texts: list[str]) -> dict[str, str]:
         words = re.findall(r"\w+", _PROTOTYPE.sub("", _NO_CODE.sub("", text)))
         named = {path for word in words for path in definers.get(word, [])}
         for path in sorted(named | set(_INCLUDED.findall(text))):
-            if path not in found:
+            if path not in found and (firmware / path).exists():
                 found[path] = contents.get(path) or (firmware / path).read_text()
                 waiting.append(found[path])
     return dict(sorted(found.items()))
 
 
-def _bytes(values: Array) -> str:
+def literals(values: Array) -> str:
     """Values as decimal C literals, eighteen to a line."""
     texts = [str(int(v)) for v in values.ravel()]
     return ",\n     ".join(", ".join(texts[i : i + 18]) for i in range(0, len(texts), 18))
 
 
-def _example(build: Build, images: Array, labels: Array) -> str:
-    batch = min(build.capacity, len(images))
-    count = min(2, len(images) // batch) * batch
-    size = build.graph.elements(build.graph.input)
-    momentum = 0.9 if build.momentum else 0.0
-    shown = "\n".join(f"    {{{_bytes(image)}}}," for image in images[:count])
-    return f"""\
-// main.c: trains the segment on a few images, then answers them: a place to begin.
-#include <stdio.h>
-
-#include "core/trainer.h"      // forward, backward, step
-#include "protocol/messages.h" // what it learns with
-
-#define IMAGES {count}
-#define BATCH {batch} // at most segment.capacity
-#define ROUNDS 20
-
-static const uint8_t labels[IMAGES] = {{
-     {_bytes(labels[:count])},
-}};
-
-// channel after channel, row after row
-static const uint8_t images[IMAGES][{size}] = {{
-{shown}
-}};
-
-static const struct message_settings settings = {{
-    .learning_rate = 0.05f,
-    .momentum = {momentum}f,
-    .exit_weight = 1.0f, // of the exit's loss in what the layers below it learn
-}};
-
-// Trains one batch; returns its loss before the step, or -1 where a value was not finite.
-static float train(size_t first) {{
-    struct pass pass = {{.cut = (uint8_t)(segment.cuts - 1), .upto = 1, .settings = &settings}};
-    trainer_begin(&pass);
-    for (size_t i = 0; i < BATCH; i++) {{
-        trainer_put(i, labels[first + i], images[first + i]);
-    }}
-    trainer_forward(&pass, BATCH, BATCH);
-    trainer_backward(&pass);
-    return trainer_step(&pass) ? pass.loss : -1.0f;
-}}
-
-// The class that the exit answers for an image.
-static size_t answer(const uint8_t *image) {{
-    struct pass pass = {{.cut = (uint8_t)(segment.cuts - 1), .upto = 1}};
-    trainer_put(0, 0, image);
-    trainer_infer(&pass, 1);
-    const float *const logits = segment.stages[pass.cut].logits;
-    size_t best = 0;
-    for (size_t i = 1; i < segment.classes; i++) {{
-        best = logits[i] > logits[best] ? i : best;
-    }}
-    return best;
-}}
-
-int main(void) {{
-    for (int round = 0; round < ROUNDS; round++) {{
-        float loss = 0;
-        for (size_t first = 0; first < IMAGES; first += BATCH) {{
-            loss += train(first) * BATCH / IMAGES;
-        }}
-        printf("round %d: loss %.4f\\n", round + 1, (double)loss);
-    }}
-    int correct = 0;
-    for (size_t i = 0; i < IMAGES; i++) {{
-        correct += answer(images[i]) == labels[i];
-    }}
-    printf("%d of %d right\\n", correct, IMAGES);
-    return 0;
-}}
-"""
-
-
-def _read_me(build: Build) -> str:
-    graph = build.graph
-    image = "x".join(str(n) for n in graph.input_shape)
-    ram = build.arena_bytes + 4 * graph.weight_size + build.capacity
-    return f"""\
-# A segment that trains, in C
-
-A network up to `{graph.cut}`, with the early exit on top of it: images of {image} bytes in,
-{graph.classes} classes out. It holds {build.capacity} images at once and takes {ram:,} bytes of
-RAM, all of them static.
-
-- Plain: compile every `.c` under `src`, with `src` as include path, and link the maths library:
-  `cc -O2 -Isrc examples/train/main.c $(find src -name '*.c') -lm -o train && ./train`
-- PlatformIO: put this folder into your project's `lib`.
-- Arduino: put this folder into your sketchbook's `libraries`.
-
-Then `#include "core/trainer.h"`, whose comments say how a batch is trained and an image answered;
-`examples/train/main.c` does both. For speed take `-O3 -ffp-contract=fast`. Never `-ffast-math`: it
-hides values that are not finite.
-
-`manifest.json` says what the segment was made from, and how it was held to PyTorch. Everything here
-is under the Apache License 2.0, see LICENSE.
-"""
-
-
-def _platformio() -> dict[str, object]:
-    name, version = made_by()
+def _platformio(about: str) -> dict[str, object]:
+    _, version = made_by()
     return {
         "name": NAME,
         "version": version,
-        "description": f"A neural network's first layers and an early exit, made by {name}",
+        "description": about,
         "license": "Apache-2.0",
         "frameworks": "*",
         "platforms": "*",
     }
 
 
-def _arduino() -> dict[str, str]:
+def _arduino(about: str, includes: str) -> dict[str, str]:
     name, version = made_by()
     return {
         "name": NAME,
         "version": version,
         "author": name,
         "maintainer": name,
-        "sentence": "A neural network's first layers and an early exit, which learns.",
-        "paragraph": "Trains and answers on the microcontroller itself.",
+        "sentence": about,
+        "paragraph": "Its arithmetic and its memory are on the microcontroller alone.",
         "category": "Data Processing",
         "url": "https://arxiv.org/abs/2512.09313",
         "architectures": "*",
-        "includes": "core/trainer.h",
+        "includes": includes,
     }
 
 
@@ -260,126 +111,18 @@ def _licence() -> str:
     return text
 
 
-# ---- what verifies it ----
+def run(files: Mapping[str, bytes], check: str, given: bytes, defined: Mapping[str, str]) -> bytes:
+    """What a program answers to the bytes given, compiled with a library for this machine.
 
-_CHECK = """\
-#include <stdio.h>
-#include <stdlib.h>
-
-#include "core/trainer.h"
-#include "protocol/messages.h"
-
-static const struct message_settings settings = {.learning_rate = RATE, .exit_weight = 1.0f};
-
-static void put(const float *values, size_t size) {
-    if (fwrite(values, sizeof *values, size, stdout) != size) {
-        exit(1);
-    }
-}
-
-int main(void) {
-    const struct stage *const last = &segment.stages[segment.cuts - 1];
-    uint8_t *const record = malloc(1 + segment.input_size);
-    const size_t size = 1 + (size_t)segment.input_size;
-    struct pass answers = {.cut = (uint8_t)(segment.cuts - 1), .upto = 1};
-    struct pass pass = {.cut = (uint8_t)(segment.cuts - 1), .upto = 1, .settings = &settings};
-    for (int i = 0; i < ANSWERED; i++) {
-        if (!record || fread(record, 1, size, stdin) != size) {
-            return 1;
-        }
-        trainer_put(0, record[0], record + 1);
-        trainer_infer(&answers, 1);
-        put(last->activations, last->activation_size);
-        put(last->logits, segment.classes);
-    }
-    trainer_begin(&pass);
-    for (size_t i = 0; i < TRAINED; i++) {
-        if (fread(record, 1, size, stdin) != size) {
-            return 1;
-        }
-        trainer_put(i, record[0], record + 1);
-    }
-    trainer_forward(&pass, TRAINED, TRAINED);
-    trainer_backward(&pass);
-    if (!trainer_step(&pass)) {
-        return 1;
-    }
-    put(segment.weights, segment.weight_size);
-    return 0;
-}
-"""
-
-
-def verify(
-    library: Library,
-    samples: Images,
-    expected: Mapping[str, Array],
-    learnt: Mapping[str, Array],
-    rate: float,
-    against: str,
-    *,
-    tolerance: float = TOLERANCE,
-    learning_tolerance: float = LEARNING_TOLERANCE,
-) -> Verified:
-    """Compiles the library for this machine, runs and trains it, and compares it with PyTorch.
-
-    samples: what it answers, one at a time: expected are the activations and logits. Of the
-    first of them, as many as it holds are one batch; learnt are the weights after one step of plain
-    SGD at that rate. against: where these come from, for the manifest. Raises ExportError, naming
-    the tensor, where one is off by more than the tolerance, MissingTool without a compiler.
+    check: its text. defined: its macros. Raises MissingTool without a compiler, BuildError where it
+    does not compile, ExportError where it fails.
     """
-    build, graph = library.build, library.build.graph
-    trained = min(build.capacity, len(samples))
-    records = np.column_stack([samples.y, samples.x.reshape(len(samples), -1)])
-    given = records.tobytes() + records[:trained].tobytes()
-    counts = {"ANSWERED": str(len(samples)), "TRAINED": str(trained)}
-    said = _run(library, given, counts | {"RATE": f"{float(rate).hex()}f"})
-    values = np.frombuffer(said, np.float32)
-    sizes = graph.elements(graph.cut), graph.elements(graph.logits)
-    answers = values[: len(samples) * sum(sizes)].reshape(len(samples), sum(sizes))
-    found = {
-        "activations": answers[:, : sizes[0]].reshape(expected["activations"].shape),
-        "logits": answers[:, sizes[0] :],
-    }
-    weights = graph.unflatten(values[answers.size :])
-    errors = {name: error_of(found[name], expected[name]) for name in found}
-    learning = learning_errors(weights, learnt)
-    allowed = dict.fromkeys(errors, tolerance)
-    allowed |= dict.fromkeys((f"learnt {name}" for name in learning), learning_tolerance)
-    for name, error in (errors | {f"learnt {n}": e for n, e in learning.items()}).items():
-        if not error <= allowed[name]:
-            raise ExportError(
-                f"src/segment.c: {name} is off by {error:.1e} from {against}, and "
-                f"{allowed[name]:.0e} is allowed: {CURES[LARGEST]}"
-            )
-    same = found["logits"].argmax(1) == expected["logits"].argmax(1)
-    return Verified(
-        runtime=f"{_compiler()}, this machine, one step of training included",
-        against=against,
-        samples=len(samples),
-        batches=(1, trained),
-        error=max(errors.values()),
-        measure=LARGEST,
-        tolerance=tolerance,
-        same_class=float(same.mean()),
-    )
-
-
-def _compiler() -> str:
-    compiler = next((c for c in ("gcc", "cc", "clang") if shutil.which(c)), None)
-    if compiler is None:
-        raise MissingTool("no C compiler to check the library with: install gcc")
-    return compiler
-
-
-def _run(library: Library, given: bytes, values: Mapping[str, str]) -> bytes:
-    """What the check answers to the bytes given, compiled with the library around it."""
     with tempfile.TemporaryDirectory(prefix="splitee-library-") as name:
         folder = Path(name)
-        write(library, folder)
-        (folder / "check.c").write_text(_CHECK)
-        command = [_compiler(), "-std=c11", "-O2", "-Isrc", "check.c", *_compiled(folder)]
-        command += [f"-D{key}={value}" for key, value in values.items()]
+        write(files, folder)
+        (folder / "check.c").write_text(check)
+        command = [compiler(), "-std=c11", "-O2", "-Isrc", "check.c", *_compiled(folder)]
+        command += [f"-D{key}={value}" for key, value in defined.items()]
         made = subprocess.run(
             [*command, "-lm", "-o", "check"], cwd=folder, capture_output=True, text=True
         )
@@ -391,12 +134,19 @@ def _run(library: Library, given: bytes, values: Mapping[str, str]) -> bytes:
         return ran.stdout
 
 
+def compiler() -> str:
+    compiler = next((c for c in ("gcc", "cc", "clang") if shutil.which(c)), None)
+    if compiler is None:
+        raise MissingTool("no C compiler to check the library with: install gcc")
+    return compiler
+
+
 def _compiled(folder: Path) -> Iterator[str]:
     return (str(path.relative_to(folder)) for path in sorted(folder.glob("src/**/*.c")))
 
 
-def write(library: Library, folder: Path) -> None:
-    """Writes the library's files into a folder."""
-    for path, data in library.files.items():
+def write(files: Mapping[str, bytes], folder: Path) -> None:
+    """Writes a library's files into a folder."""
+    for path, data in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)

@@ -25,7 +25,7 @@ from splitee.ops import Array
 from splitee.place import Build
 from splitee.steps import Levers
 from splitee_exporters import library, manifest
-from splitee_exporters.library import Library, to_library, verify
+from splitee_exporters.library_train import Library, to_library, verify
 from splitee_host.boards import firmware_root
 from toolkit import networks
 
@@ -78,7 +78,7 @@ def case(kind: str, levers: Levers = Levers(), capacity: int = 8) -> Case:  # no
     client.forward(capacity, capacity)
     client.backward(None)
     client.step()
-    made = to_library(build, firmware_root(), digits.train.x, digits.train.y)
+    made = to_library(build, firmware_root(), digits.train)
     expected = {"activations": activations.numpy(), "logits": logits.numpy()}
     return Case(made, images, expected, dict(client.state().weights))
 
@@ -114,7 +114,7 @@ def test_a_planted_fault_is_named(old: str, new: str, tensor: str) -> None:
 
 def folder_of(made: Library, folder: Path) -> Path:
     """The library in a folder outside of the project."""
-    library.write(made, folder)
+    library.write(made.files, folder)
     return folder
 
 
