@@ -17,8 +17,8 @@ setup: ## install what is missing: Debian's packages, .venv with Python's
 demo: setup ## train one network across several devices, all of them on this machine
 	@$(venv)/splitee train examples/demo.toml
 
-test: setup ## run the tests
-	@$(venv)/pytest
+test: setup ## run the tests, on every core
+	@$(venv)/pytest -n auto --dist loadfile
 
 fuzz: setup ## look for bytes that break the firmware's decoder or device, FUZZ_SECONDS each
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(venv)/pytest --hypothesis-profile=fuzz --timeout=0 -rsP \
