@@ -3,8 +3,9 @@
 .venv/bin/python benchmarks/int8_accuracy.py --cifar cifar10-jpeg.tar.xz \
     > benchmarks/results/int8_accuracy.json
 
-A ResNet-8 with an exit on every cut learns the digits, and CIFAR-10 from an archive of JPEG files
-(train/<class>/*.jpg, test/<class>/*.jpg), briefly. Then each segment is quantised, with training
+A ResNet-8 with an exit on every cut, once with batch norms and once with group norms, learns the
+digits, and CIFAR-10 from an archive of JPEG files (train/<class>/*.jpg, test/<class>/*.jpg),
+briefly. Then each segment is quantised, with training
 images, and answers for the test images: the float ones from PyTorch, the 8-bit ones from the graph
 that files are written from. A server gets what the segment sends, as real numbers.
 """
@@ -88,10 +89,12 @@ def network_input(data: Dataset, x: Array) -> Tensor:
     return torch.tensor(x) * scale + shift
 
 
-def learn(data: Dataset, plan: Plan, seed: int) -> tuple[Segment, Tail]:
+def learn(data: Dataset, plan: Plan, norm: str, seed: int) -> tuple[Segment, Tail]:
     """A segment with all exits and the server's half, learnt together in one place."""
     torch.manual_seed(seed)
-    model = zoo.build("resnet8", width=plan.width, classes=data.classes, channels=data.shape[0])
+    model = zoo.build(
+        "resnet8", width=plan.width, norm=norm, classes=data.classes, channels=data.shape[0]
+    )
     network = Network(model, data.shape)
     cuts = [network.cut(name) for name in CUTS]
     exits = {c.name: Exit((c.shape[0], c.shape[1], c.shape[2]), data.classes) for c in cuts}
@@ -111,13 +114,13 @@ def learn(data: Dataset, plan: Plan, seed: int) -> tuple[Segment, Tail]:
             torch.autograd.backward([F.cross_entropy(a, y) for a in answers])
             optimizer.step()
             schedule.step()
-        print(data.name, "epoch", epoch + 1, file=sys.stderr)
+        print(data.name, norm, "epoch", epoch + 1, file=sys.stderr)
     return segment.eval(), tail.eval()
 
 
-def rows(data: Dataset, plan: Plan, seed: int) -> list[dict[str, Any]]:
+def rows(data: Dataset, plan: Plan, norm: str, seed: int) -> list[dict[str, Any]]:
     """The accuracies at each cut, in floats and in 8 bits, in percent."""
-    segment, tail = learn(data, plan, seed)
+    segment, tail = learn(data, plan, norm, seed)
     graph = capture(segment, data.classes)
     calibration = data.train.x[draw_order(len(data.train), seed, 0)[: plan.calibration]]
     found = []
@@ -158,11 +161,13 @@ def main() -> None:
         {
             "data": data.name,
             "model": "resnet8",
+            "norm": norm,
             **vars(PLANS[data.name]),
             "test_images": len(data.test),
-            "cuts": rows(data, PLANS[data.name], arguments.seed),
+            "cuts": rows(data, PLANS[data.name], norm, arguments.seed),
         }
         for data in datasets
+        for norm in zoo.NORMS
     ]
     print(json.dumps(
         {"commit": made.stdout.strip(), "seed": arguments.seed, "results": results}, indent=1

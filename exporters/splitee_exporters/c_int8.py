@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from splitee.errors import ModelError
-from splitee.int8 import Int8Op
+from splitee.int8 import Int8Op, of_means, of_squares
 from splitee.ops import Array
 from splitee.place_int8 import INPUT, Int8Build, scratch
 from splitee.steps import ALIGNMENT
 
-KINDS = ("conv2d", "linear", "add", "mean", "avg_pool", "max_pool", "relu")
+KINDS = ("conv2d", "linear", "group_norm", "add", "mean", "avg_pool", "max_pool", "relu")
 TAPS_MAX = 49  # of a depthwise convolution's window: INT8_TAPS of int8.h
 
 Lines = Iterator[str]
@@ -27,6 +27,10 @@ def _values(values: Iterable[object], a_line: int = 20) -> str:
     texts = [str(v) for v in values]
     lines = [", ".join(texts[i : i + a_line]) for i in range(0, len(texts), a_line)]
     return ",\n    ".join(lines)
+
+
+def _float(value: float) -> str:
+    return f"{float(value).hex()}f"
 
 
 def _array(kind: str, name: str, values: Array) -> str:
@@ -73,11 +77,14 @@ class _Writer:
     # what is constant: numbered by its operation
 
     def constants(self, i: int, op: Int8Op) -> Lines:
-        if op.weights:
+        multipliers, shifts = self.graph.requant(op)
+        if op.kind == "group_norm":
+            yield from self.norm(i, op)
+            multipliers, shifts = multipliers[2:], shifts[2:]
+        elif op.weights:
             yield from self.weights(i, op)
         if "kernel" in op.attrs:
             yield self.window(i, op)
-        multipliers, shifts = self.graph.requant(op)
         if op.kind == "add":
             for k, name in enumerate(op.inputs):
                 values = f"{multipliers[k]}, {shifts[k]}, {self.zero(name)}"
@@ -103,6 +110,21 @@ class _Writer:
         yield _array("int8_t", f"weight_{i}", weight)
         yield _array("int32_t", f"bias_{i}", folded)
 
+    def norm(self, i: int, op: Int8Op) -> Lines:
+        """What a group norm has in place of weights: floats exactly, as hexadecimal literals."""
+        for role, name in op.weights.items():
+            value = self.graph.weights[name]
+            if value.dtype == np.int32:
+                yield _array("int32_t", f"norm_{role}_{i}", value)
+            else:
+                literals = _values(map(_float, value), 6)
+                yield f"static const float norm_{role}_{i}[] = {{\n    {literals}}};"
+        multipliers, shifts = self.graph.requant(op)
+        scales = [self.graph.scales[of(op.name)].scale for of in (of_means, of_squares)]
+        values = [*multipliers[:2], *shifts[:2], *map(_float, scales)]
+        values += [f"norm_{role}_{i}" for role in ("epsilon", "floor", "factor", "shift")]
+        yield f"static const struct int8_norm norm_{i} = {{{_values(values)}}};"
+
     def window(self, i: int, op: Int8Op) -> str:
         """Channels come first here, as ``struct window`` of the firmware has them."""
         (in_h, in_w, in_c), (out_h, out_w, out_c) = (
@@ -124,6 +146,12 @@ class _Writer:
             return f"depthwise({yx}, weight_{i}, bias_{i}, &window_{i}, {rest}"
         groups = op.attrs["groups"]
         return f"conv2d({yx}, weight_{i}, bias_{i}, &window_{i}, {groups}, {rest}"
+
+    def group_norm(self, i: int, op: Int8Op, yx: str) -> str:
+        height, width, channels = self.graph.shapes[op.name]
+        sizes = f"{channels}, {op.attrs['groups']}, {height * width}"
+        own = f"(int32_t *)({self.at(scratch(op))})"
+        return f"group_norm({yx}, &norm_{i}, {sizes}, &output_{i}, n, {own})"
 
     def linear(self, i: int, op: Int8Op, yx: str) -> str:
         inputs, outputs = (self.graph.elements(name) for name in (op.inputs[0], op.name))

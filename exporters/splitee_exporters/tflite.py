@@ -9,6 +9,7 @@ at the cut, both int8. One sample at a time.
 from __future__ import annotations
 
 import importlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from splitee.place import Build, kib
 from splitee.quantize import quantize
 from splitee.steps import Place, Schedule, Step, Variant
 from splitee_exporters.manifest import File, Verified, made_by
+from splitee_exporters.tflite_norm import norm_weights
 
 
 def first_installed(*modules: str) -> Any:
@@ -49,14 +51,26 @@ IDENTIFIER = b"TFL3"
 ALIGNMENT = 16  # bytes: what TFLite Micro reads buffers in place by
 INPUT = "input"  # what a schedule calls the buffer that is filled before it begins
 OFFLINE = "OfflineMemoryAllocation"
-KINDS = ("conv2d", "linear", "add", "mean", "avg_pool", "max_pool", "relu")
+KINDS = ("conv2d", "linear", "group_norm", "add", "mean", "avg_pool", "max_pool", "relu")
 
 # the version from which an operator takes int8
 VERSIONS = {
     "CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "ADD": 2, "MEAN": 2, "PAD": 2, "PADV2": 2,
     "AVERAGE_POOL_2D": 2, "MAX_POOL_2D": 2, "RELU": 2, "RELU6": 2, "RESHAPE": 1,
+    "DEQUANTIZE": 2,
 }  # fmt: skip
 GROUPED = 6  # and of a convolution in groups
+# the tables of options of operators that group norms are made of
+OPTIONS = {
+    "CAST": "Cast", "DEPTHWISE_CONV_2D": "DepthwiseConv2D", "DEQUANTIZE": "Dequantize",
+    "MAXIMUM": "MaximumMinimum", "MEAN": "Reducer", "MUL": "Mul", "QUANTIZE": "Quantize",
+    "RESHAPE": "Reshape", "SUB": "Sub", "SUM": "Reducer",
+}  # fmt: skip
+TYPES = {
+    "int8": schema.TensorType.INT8,
+    "int32": schema.TensorType.INT32,
+    "float32": schema.TensorType.FLOAT32,
+}
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,7 @@ class _Writer:
         self.buffers = [_buffer(None)]  # the first is that of tensors without values
         self.shared: dict[tuple[str, bytes], str] = {}  # constants that came already
         self.tensors: dict[str, Any] = {}
+        self.places: dict[str, str] = {}  # tensor -> another that has the same bytes
         self.operators: list[_Operator] = []
         # the file's name of every tensor; with a point in them, ours never meet those of outputs
         self.names = {op.name: f"{op.name}.out" for op in graph.ops}
@@ -197,10 +212,10 @@ class _Writer:
         """A tensor with values; one that has come under another name is not written again."""
         data = value.tobytes()
         if not scale:
-            first = self.shared.setdefault((str(value.shape), data), name)
+            first = self.shared.setdefault((f"{value.dtype} {value.shape}", data), name)
             if first in self.tensors:
                 return first
-        kind = schema.TensorType.INT8 if value.dtype == np.int8 else schema.TensorType.INT32
+        kind = TYPES[value.dtype.name]
         self.buffers.append(_buffer(data))
         place = len(self.buffers) - 1
         self.tensors[name] = _tensor(name, value.shape, kind, place, scale, zero, axis)
@@ -266,6 +281,14 @@ class _Writer:
         window = _whole(self.graph.shapes[op.inputs[0]])
         self.simple("CONV_2D", op, x + self.weights(op, axis=0, window=window), options)
 
+    def _group_norm(self, op: Int8Op, x: list[str]) -> None:
+        """As a depthwise convolution whose weights and biases each image makes."""
+        options = schema.DepthwiseConv2DOptionsT()
+        options.depthMultiplier = options.strideH = options.strideW = 1
+        options.padding = schema.Padding.VALID
+        options.fusedActivationFunction = _activation(op)
+        self.simple("DEPTHWISE_CONV_2D", op, x + norm_weights(self, op, x[0]), options)
+
     def _add(self, op: Int8Op, x: list[str]) -> None:
         options = schema.AddOptionsT()
         options.fusedActivationFunction = _activation(op)
@@ -276,8 +299,7 @@ class _Writer:
         options = schema.ReducerOptionsT()
         options.keepDims = True
         axes = self.constant(f"{op.name}.axes", np.array([1, 2], np.int32))
-        # int32: a sum for each channel, and as many numbers as the input has dimensions, and axes
-        scratch = (4 * self.graph.elements(op.name), 4 * 4, 4 * 2)
+        scratch = _reduction(self.graph.elements(op.name))
         self.simple("MEAN", op, [*x, axes], options, scratch=scratch)
 
     def _avg_pool(self, op: Int8Op, x: list[str]) -> None:
@@ -292,6 +314,43 @@ class _Writer:
 
     def _relu(self, op: Int8Op, x: list[str]) -> None:
         self.simple({"relu": "RELU", "relu6": "RELU6"}[op.attrs["activation"]], op, x, None)
+
+    def made(
+        self,
+        kind: str,
+        name: str,
+        shape: Shape,
+        inputs: Sequence[str],
+        *,
+        dtype: str = "float32",
+        scale: Sequence[float] = (),
+        zero: Sequence[int] = (),
+        **options: object,
+    ) -> str:
+        """The name of a tensor (with a first dimension) that an operator makes of its inputs.
+
+        options: those of the operator, by the schema's names.
+        """
+        table = getattr(schema, f"{OPTIONS[kind]}OptionsT")() if kind in OPTIONS else None
+        for option, value in options.items():
+            setattr(table, option, value)
+        axis = len(shape) - 1
+        self.tensors[name] = _tensor(name, shape, TYPES[dtype], 0, scale, zero, axis)
+        scratch = _reduction(math.prod(shape)) if kind in ("MEAN", "SUM") else ()
+        operator = _Operator(kind, tuple(inputs), name, table, VERSIONS.get(kind, 1), scratch)
+        self.operators.append(operator)
+        return name
+
+    def reshaped(
+        self, x: str, name: str, shape: Shape, scale: Sequence[float] = (), zero: Sequence[int] = ()
+    ) -> str:
+        """The name of a tensor that is another in that shape, in the same place of the arena."""
+        dtype = next(kind for kind, number in TYPES.items() if number == self.tensors[x].type)
+        self.places[name] = self.places.get(x, x)
+        options = {"newShape": list(shape)}
+        return self.made(
+            "RESHAPE", name, shape, [x], dtype=dtype, scale=scale, zero=zero, **options
+        )
 
     def flat(self, tensor: str, name: str) -> None:
         """A tensor of the graph, under a name, as one row."""
@@ -357,11 +416,15 @@ class _Writer:
         self.operators.append(_Operator(kind, tuple(inputs), name, options, VERSIONS[kind]))
         return name
 
+    def homes(self) -> dict[str, str]:
+        """The buffer in which each tensor lies that has no values of its own."""
+        made = [name for name, tensor in self.tensors.items() if tensor.buffer == 0]
+        return {name: INPUT if name == IMAGES else self.places.get(name, name) for name in made}
+
     def schedule(self) -> Schedule:
         """Which activations each operator needs; both outputs are read at the end."""
-        buffers = {name: name for name in self.tensors if self.tensors[name].buffer == 0}
-        buffers[IMAGES] = INPUT
-        sizes = {buffers[name]: int(np.prod(self.tensors[name].shape)) for name in buffers}
+        buffers = self.homes()
+        sizes = {buffers[name]: _bytes(self.tensors[name]) for name in buffers}
         place = Place(0, "trunk")
         steps = []
         for operator in self.operators:
@@ -388,7 +451,8 @@ class _Writer:
         model.description = description
         model.operatorCodes = [_code(*code) for code in codes]
         model.subgraphs = [subgraph]
-        places = [plan.offsets.get(INPUT if name == IMAGES else name, -1) for name in self.tensors]
+        buffers = self.homes()
+        places = [plan.offsets[buffers[n]] if n in buffers else -1 for n in self.tensors]
         offline = np.array([1, 0, len(places), *places], np.int32)  # its version, and of subgraph 0
         metadata = schema.MetadataT()
         metadata.name, metadata.buffer = OFFLINE, len(self.buffers)
@@ -440,6 +504,16 @@ def read(data: bytes) -> Any:
                 "the file with all values inside"
             )
     return model
+
+
+def _reduction(sums: int) -> tuple[int, ...]:
+    """What a reduction has for itself: int32 sums, a number for each dimension, and axes."""
+    return (4 * sums, 4 * 4, 4 * 2)
+
+
+def _bytes(tensor: Any) -> int:
+    size: int = math.prod(tensor.shape)
+    return size if tensor.type == schema.TensorType.INT8 else 4 * size
 
 
 def _names(enum: type) -> dict[int, str]:

@@ -17,8 +17,13 @@
 #define WEIGHTS 9216
 #define CHANNELS 64
 
-static int8_t x[MAPS], y[MAPS], w[WEIGHTS], scratch[INT8_SCRATCH_MAX], shift[CHANNELS];
+static int8_t x[MAPS], y[MAPS], w[WEIGHTS], shift[CHANNELS];
+static _Alignas(int32_t) int8_t scratch[INT8_SCRATCH_MAX];
 static int32_t b[CHANNELS], multiplier[CHANNELS];
+static float ones[CHANNELS];
+static const struct int8_norm norm = {
+    1 << 30, 1 << 30, -4, -12, 0.25f, 8.0f, b, ones, ones, ones,
+};
 static const struct int8_output to = {multiplier, shift, -5, -128, 127};
 
 static void fill(int8_t *into, size_t size) {
@@ -51,6 +56,8 @@ static void forward(const struct layer *l) {
         int8_rescale(y, x, 3, &to, area * s->in_channels);
     } else if (strcmp(l->kernel, "mean") == 0) {
         int8_mean(y, x, s->in_channels, area, 3, &to, 1);
+    } else if (strcmp(l->kernel, "group_norm") == 0) {
+        int8_group_norm(y, x, &norm, s->in_channels, 4, area, &to, 1, (int32_t *)scratch);
     } else if (strcmp(l->kernel, "max_pool") == 0) {
         int8_max_pool(y, x, s, 1);
     } else {
@@ -69,6 +76,9 @@ static uint32_t measure(const struct layer *l) {
 static size_t scratch_size(const struct layer *l) {
     if (strcmp(l->kernel, "conv2d") == 0) {
         return int8_conv2d_scratch(&l->window, 1);
+    }
+    if (strcmp(l->kernel, "group_norm") == 0) {
+        return INT8_NORM_SCRATCH(l->window.in_channels);
     }
     return strcmp(l->kernel, "depthwise") == 0 ? l->window.in_channels : 0;
 }
@@ -117,6 +127,7 @@ static const struct layer layers[] = {
     LINEAR(128, 64, "128x64"),
     {"add", "16x16x16", 0, WINDOW(16, 16, 16, 1, 1)},
     {"rescale", "16x16x16", 0, WINDOW(16, 16, 16, 1, 1)},
+    {"group_norm", "16x16x16", 0, WINDOW(16, 16, 16, 1, 1)},
     {"mean", "64x8x8", 0, WINDOW(64, 64, 8, 1, 1)},
     {"max_pool", "16x16x16k2s2", 0, {16, 16, 16, 16, 8, 8, 2, 2, 2, 2, 0, 0}},
     {"avg_pool", "16x16x16k2s2", 0, {16, 16, 16, 16, 8, 8, 2, 2, 2, 2, 0, 0}},
@@ -129,6 +140,7 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < CHANNELS; i++) {
         multiplier[i] = (1 << 30) + (int32_t)(i << 23);
         shift[i] = -9;
+        ones[i] = 1.0f;
     }
     for (size_t i = 0; i < sizeof layers / sizeof layers[0]; i++) {
         report(&layers[i]);

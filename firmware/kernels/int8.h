@@ -53,6 +53,26 @@ void int8_depthwise(int8_t *y, const int8_t *x, const int8_t *w, const int32_t *
                     const struct window *s, int8_t zero, const struct int8_output *to, size_t n,
                     int8_t *scratch);
 
+// int8_group_norm.c. A group norm: a depthwise convolution of single pixels, its weights and biases
+// made for each sample. A group's mean and each channel's sum of squares (with epsilon) are brought
+// to int8, then to floats; what follows is float, in steps of x, each operation rounded by itself:
+// variance = sum of squares - mean^2, no less than floor; weight = factor / sqrt(variance), as
+// int8; bias = shift - mean * weight, as int32. The zero of x is 0.
+struct int8_norm {
+    int32_t mean_multiplier, square_multiplier;
+    int8_t mean_shift, square_shift;
+    float mean_scale, square_scale;
+    const int32_t *epsilon;      // a channel's
+    const float *floor;          // a group's
+    const float *factor, *shift; // a channel's
+};
+// Multipliers are a channel's. area is height x width, at most 2^16. y may be x. scratch:
+// INT8_NORM_SCRATCH bytes.
+#define INT8_NORM_SCRATCH(channels) ((sizeof(int32_t) + 1) * (channels))
+void int8_group_norm(int8_t *y, const int8_t *x, const struct int8_norm *norm, size_t channels,
+                     size_t groups, size_t area, const struct int8_output *to, size_t n,
+                     int32_t *scratch);
+
 // int8_linear.c. FULLY_CONNECTED: w is out x in, b is out; one multiplier.
 void int8_linear(int8_t *y, const int8_t *x, const int8_t *w, const int32_t *b, size_t in,
                  size_t out, const struct int8_output *to, size_t n);

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from splitee import data
+from splitee import data, zoo
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = "SPLITEE_CIFAR10"  # where cifar10-jpeg.tar.xz is
@@ -37,8 +37,9 @@ def losses(row: dict[str, Any]) -> dict[str, float]:
     return {who: row[f"{who}_float"] - row[f"{who}_int8"] for who in ("exit", "server")}
 
 
-def test_digits_lose_less_than_a_point(benchmark: ModuleType) -> None:
-    found = benchmark.rows(data.load("digits"), benchmark.Plan(8, 4, 0.05, 1437), seed=1)
+@pytest.mark.parametrize("norm", zoo.NORMS)
+def test_digits_lose_less_than_a_point(benchmark: ModuleType, norm: str) -> None:
+    found = benchmark.rows(data.load("digits"), benchmark.Plan(8, 3, 0.05, 256), norm, seed=1)
     assert [row["cut"] for row in found] == ["layer1", "layer2", "layer3"]
     for row in found:
         assert row["server_float"] > 90
@@ -46,16 +47,19 @@ def test_digits_lose_less_than_a_point(benchmark: ModuleType) -> None:
 
 
 @pytest.mark.skipif(ARCHIVE not in os.environ, reason=f"{ARCHIVE} does not say where it is")
-def test_cifar10_loses_less_than_a_point(benchmark: ModuleType) -> None:
+@pytest.mark.parametrize("norm", zoo.NORMS)
+def test_cifar10_loses_less_than_a_point(benchmark: ModuleType, norm: str) -> None:
     images = benchmark.cifar(Path(os.environ[ARCHIVE]), {"train": 300, "test": 100})
-    for row in benchmark.rows(images, benchmark.Plan(8, 3, 0.05, 256), seed=1):
+    for row in benchmark.rows(images, benchmark.Plan(8, 3, 0.05, 256), norm, seed=1):
         assert row["server_float"] > 30
         assert max(losses(row).values()) <= POINT, row
 
 
 def test_what_was_measured_is_less_than_a_point() -> None:
     told = json.loads((ROOT / "benchmarks" / "results" / "int8_accuracy.json").read_text())
-    assert [result["data"] for result in told["results"]] == ["digits", "cifar10-jpeg"]
+    assert [(result["data"], result["norm"]) for result in told["results"]] == [
+        (name, norm) for name in ("digits", "cifar10-jpeg") for norm in zoo.NORMS
+    ]
     for result in told["results"]:
         for row in result["cuts"]:
             assert max(losses(row).values()) <= POINT, (result["data"], row)

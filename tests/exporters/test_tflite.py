@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from int8_random import norm_inputs, random_norm, random_scale
 from splitee import arena, zoo
 from splitee.capture import capture
 from splitee.client import LocalClient, Settings
@@ -46,6 +47,22 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 1))
 
 
+def group_norms() -> nn.Module:
+    """Group norms behind images, convolutions and pools, of one group, of several, and of each."""
+    return nn.Sequential(
+        nn.GroupNorm(1, 2),
+        nn.Conv2d(2, 6, 3, 2, 1),
+        nn.GroupNorm(3, 6, eps=0.1),
+        nn.ReLU6(),
+        nn.MaxPool2d(2, 1),
+        nn.GroupNorm(2, 6),
+        nn.Conv2d(6, 6, 3, 1, 1, groups=6, bias=False),
+        nn.GroupNorm(6, 6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 1),
+    )
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int]] = {
     **{
         name: (partial(zoo.build, name, width=6, channels=1), (1, 8, 8), 10)
@@ -55,7 +72,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int]] =
     "vgg": (vgg, (2, 13, 11), 3),
     "pools": (plain_vgg, (2, 13, 11), 3),
     "wide": (wide, (1, 5, 5), 10),
-}
+    "resnet8-group": (
+        partial(zoo.build, "resnet8", width=6, norm="group", channels=1), (1, 8, 8), 10
+    ),
+    "group_norms": (group_norms, (2, 13, 11), 3),
+}  # fmt: skip
 CASES = [
     ("resnet8", "stem"), ("resnet8", "layer1"), ("resnet8", "layer3"),
     ("resnet18", "layer1"), ("resnet18", "layer2"), ("resnet18", "layer4"),
@@ -64,6 +85,8 @@ CASES = [
     ("vgg", "2"), ("vgg", "6"), ("vgg", "10"),
     ("pools", "3"), ("pools", "6"), ("pools", "8"),
     ("wide", "1"),
+    ("resnet8-group", "stem"), ("resnet8-group", "layer1"), ("resnet8-group", "layer3"),
+    ("group_norms", "0"), ("group_norms", "1"), ("group_norms", "5"), ("group_norms", "8"),
 ]  # fmt: skip
 
 
@@ -138,10 +161,13 @@ def test_default_kernels_are_near_and_within_two_steps_where_few_operations_add_
     exported = case(kind, cut).exported
     x = exported.graph.image(case(kind, cut).images)
     found, own = litert(exported, x), ours(exported, x)
-    if len(exported.graph.ops) <= 12:
+    # a group norm brings what one value is off by to all of its group
+    spreads = "group_norm" in {op.kind for op in exported.graph.ops}
+    if len(exported.graph.ops) <= 12 and not spreads:
         assert max(different(found, own).values(), default=0) <= 2
     for name, value in own.items():
-        assert np.sqrt(((found[name].astype(float) - value) ** 2).mean()) <= 1
+        off = np.sqrt(((found[name].astype(float) - value) ** 2).mean())
+        assert off <= (2 if spreads else 1)
 
 
 @pytest.mark.parametrize(("kind", "cut"), CASES)
@@ -168,32 +194,41 @@ def test_default_kernels_that_answer_something_else_are_seen(
 
 
 def most_alive(data: bytes) -> int:
-    """The most bytes that tensors and a mean's scratch take at once, read from the file alone."""
+    """The most bytes that tensors and reductions' scratch take at once, read from the file alone.
+
+    A tensor that is another in a new shape takes none, but for an output of the file.
+    """
     model = read(data)
     graph = model.subgraphs[0]
-    means = [
-        i for i, code in enumerate(model.operatorCodes)
-        if code.builtinCode == schema.BuiltinOperator.MEAN
-    ]  # fmt: skip
+    kinds = schema.BuiltinOperator
+    codes = [code.builtinCode for code in model.operatorCodes]
     sizes = {
-        i: -(-int(np.prod(tensor.shape)) // 16) * 16
+        i: -(
+            -int(np.prod(tensor.shape)) * (1 if tensor.type == schema.TensorType.INT8 else 4) // 16
+        )
         for i, tensor in enumerate(graph.tensors)
         if model.buffers[tensor.buffer].data is None
     }
+    same = {i: i for i in range(len(graph.tensors))}
+    for operator in graph.operators:
+        (made,) = operator.outputs
+        if codes[operator.opcodeIndex] == kinds.RESHAPE and made not in graph.outputs:
+            same[made] = same[operator.inputs[0]]
+            del sizes[made]
     first = dict.fromkeys(graph.inputs, 0)
     last = dict.fromkeys(graph.outputs, len(graph.operators))
     for i, operator in enumerate(graph.operators):
-        for tensor in (*operator.inputs, *operator.outputs):
+        for tensor in (same[t] for t in (*operator.inputs, *operator.outputs)):
             first.setdefault(tensor, i)
             last[tensor] = max(last.get(tensor, 0), i)
     found = 0
     for i, operator in enumerate(graph.operators):
         alive = sum(size for t, size in sizes.items() if first[t] <= i <= last[t])
-        if operator.opcodeIndex in means:
-            (channels,) = (graph.tensors[t].shape[-1] for t in operator.outputs)
-            alive += -(-4 * channels // 16) * 16 + 16 + 16
+        if codes[operator.opcodeIndex] in (kinds.MEAN, kinds.SUM):
+            (sums,) = (int(np.prod(graph.tensors[t].shape)) for t in operator.outputs)
+            alive += -(-4 * sums // 16) + 1 + 1
         found = max(found, alive)
-    return found
+    return 16 * found
 
 
 @pytest.mark.parametrize(("kind", "cut"), CASES)
@@ -206,11 +241,6 @@ def test_micro_takes_our_plan_which_is_near_what_is_alive_at_once(kind: str, cut
     assert taken.lower_bound == least
     assert least <= taken.head == exported.plan.size <= 1.02 * least
     assert taken.head + taken.tail == taken.total
-
-
-def random_scale(random: np.random.Generator, low: float, high: float) -> Scale:
-    scale = np.float32(np.exp(random.uniform(np.log(low), np.log(high))))
-    return Scale(float(scale), int(random.integers(-128, 128)))
 
 
 def random_graph(seed: int) -> Int8Graph:
@@ -270,6 +300,17 @@ def test_every_operation_is_the_same_bits_with_any_numbers(seed: int, cut: str) 
     own = ours(exported, x)
     assert different(litert(exported, x, reference=True), own) == {}
     assert different(in_micro(exported, x), own) == {}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_group_norm_is_the_same_bits_with_any_numbers(seed: int) -> None:
+    graph = random_norm(seed)
+    x = norm_inputs(seed, graph)
+    graph = replace(graph, input="x", input_shape=graph.shapes["x"], ops=graph.ops[1:])
+    exported = to_tflite(graph, "y")
+    own = ours(exported, x)["activations"]
+    assert (litert(exported, x, reference=True)["activations"] == own).all()
+    assert (in_micro(exported, x)["activations"] == own).all()
 
 
 def alone(graph: Int8Graph, op: Int8Op) -> Int8Graph:
@@ -383,17 +424,6 @@ def test_a_layer_may_be_called_as_an_input_or_output(name: str) -> None:
     exported = segment_to_tflite(build, images)
     x = exported.graph.image(images)
     assert different(litert(exported, x, reference=True), ours(exported, x)) == {}
-
-
-def test_refuses_a_group_norm_by_name() -> None:
-    torch.manual_seed(0)
-    network = Network(zoo.build("resnet8", width=4, norm="group", channels=1), (1, 8, 8))
-    cut = network.cut("layer1")
-    segment = Segment(network, cut, {cut.name: Exit((4, 8, 8), 10)})
-    build = Build(capture(segment, 10), 8, False, 1, (1 / 64,), (-2.0,))
-    images = np.zeros((1, 1, 8, 8), np.uint8)
-    with pytest.raises(ModelError, match=r'^stem\.1: 8 bits have no group_norm.* norm = "batch"'):
-        segment_to_tflite(build, images)
 
 
 def test_refuses_what_has_no_operator_by_name() -> None:

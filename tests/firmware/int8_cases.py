@@ -12,6 +12,9 @@ import numpy as np
 
 from firmware.int8_oracle import Array, Operator, Tensor, model, quantize_multiplier, run
 from firmware.kernels_harness import Image
+from int8_random import norm_inputs, random_norm
+from splitee_exporters.tflite import to_tflite
+from splitee_exporters.tflite_run import litert
 
 LOW, HIGH = -128, 127
 
@@ -37,11 +40,23 @@ class Addend:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """`struct int8_norm` of int8.h."""
+
+    numbers: tuple[int, ...]  # two multipliers, two shifts
+    scales: tuple[float, float]
+    epsilon: Array
+    floor: Array
+    factor: Array
+    shift: Array
+
+
+@dataclass(frozen=True)
 class Call:
     """A call: its output comes first and is not among the arguments."""
 
     kernel: str
-    arguments: tuple[Array | Output | Addend | Image | int, ...]
+    arguments: tuple[Array | Output | Addend | Norm | Image | int, ...]
     scratch: int  # bytes of the last argument; 0: there is none
     expected: Array
 
@@ -255,6 +270,28 @@ def pool(kind: str, image: Image, numbers: Numbers) -> Call:
     return Call(name, (x, image, *zero, image.n), 0, run(file, whole))
 
 
+def group_norm(seed: int) -> Call:
+    """A norm's operators in one file, which we write; its numbers are drawn at random."""
+    graph = random_norm(seed)
+    norm = graph.ops[1]
+    x = norm_inputs(seed, graph)
+    graph = replace(graph, input="x", input_shape=graph.shapes["x"], ops=(norm,))
+    expected = litert(to_tflite(graph, "y"), x, reference=True)["activations"]
+    multipliers, shifts = graph.requant(norm)
+    height, width, channels = graph.input_shape
+    c_norm = Norm(
+        (*map(int, multipliers[:2]), *map(int, shifts[:2])),
+        (graph.scales["y.means"].scale, graph.scales["y.squares"].scale),
+        *(graph.weights[norm.weights[role]] for role in ("epsilon", "floor", "factor", "shift")),
+    )
+    output = Output(
+        multipliers[2:], shifts[2:].astype(np.int8), graph.scales["y"].zero_point,
+        *graph.clamp(norm),
+    )  # fmt: skip
+    arguments = (x, c_norm, channels, norm.attrs["groups"], height * width, output, len(x))
+    return Call("int8_group_norm", arguments, 5 * channels, expected)
+
+
 # ---- all cases ----
 
 NUMBERS = {
@@ -368,6 +405,8 @@ def _all() -> dict[str, Callable[[], Call]]:
         for which in ("MAX", "AVERAGE"):
             if which == "AVERAGE" or name != "padding alone":
                 put(f"{which} pool {name}, {kind}".rstrip(", "), pool, which, image, NUMBERS[kind])
+    for seed in range(6):
+        put(f"group norm {seed}", group_norm, seed)
     return made
 
 

@@ -33,7 +33,8 @@ static const void *placed(const void *array, size_t size) {
 #define GUARD 32
 #define GUARD_BYTE 0x5A
 
-static int8_t output[4096 + 2 * GUARD], scratch[4096 + 2 * GUARD];
+static int8_t output[4096 + 2 * GUARD];
+static _Alignas(16) int8_t scratch[4096 + 2 * GUARD];
 
 static int holds(const int8_t *array, size_t size) {
     size_t changed = 0;

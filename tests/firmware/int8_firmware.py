@@ -6,14 +6,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from firmware.int8_cases import Addend, Call, Output
+from firmware.int8_cases import Addend, Call, Norm, Output
 from firmware.int8_oracle import Array
 from firmware.kernels_harness import Image
 
 
 def _array(name: str, values: Array) -> str:
-    numbers = ",".join(map(str, values.ravel().tolist()))
-    return f"static const {values.dtype.name}_t {name}[] = {{{numbers}}};\n"
+    exact = (v.hex() + "f" if isinstance(v, float) else str(v) for v in values.ravel().tolist())
+    numbers, kind = ",".join(exact), values.dtype.name
+    kind = "float" if kind == "float32" else f"{kind}_t"
+    return f"static const {kind} {name}[] = {{{numbers}}};\n"
 
 
 def _pointer(kind: str, fields: str) -> str:
@@ -36,6 +38,13 @@ def _call(number: int, call: Call) -> str:
             case Addend():
                 fields = f"{argument.multiplier}, {argument.shift}, {argument.zero}"
                 arguments.append(_pointer("int8_addend", fields))
+            case Norm():
+                roles = ("epsilon", "floor", "factor", "shift")
+                arrays += "".join(_array(f"{name}{r}", getattr(argument, r)) for r in roles)
+                scales = (f"{scale.hex()}f" for scale in argument.scales)
+                fields = ", ".join([*map(str, argument.numbers), *scales])
+                fields += "".join(f", {name}{role}" for role in roles)
+                arguments.append(_pointer("int8_norm", fields))
             case Image():
                 out = argument.channels if call.kernel == "int8_depthwise" else argument.out
                 window = argument.window(out)
@@ -45,7 +54,8 @@ def _call(number: int, call: Call) -> str:
                 arguments.append(str(argument))
     ignored = "" if call.scratch else "    (void)room;\n"
     if call.scratch:
-        arguments.append("room")
+        kind = "int32_t" if call.kernel == "int8_group_norm" else "int8_t"
+        arguments.append(f"({kind} *)room")
     return (
         f"{arrays}{_array(f'expected{number}', call.expected)}"
         f"static void call{number}(int8_t *y, int8_t *room) {{\n{ignored}"

@@ -21,7 +21,7 @@ from splitee_host import boards
 from splitee_host.int8_device import Int8Device
 from splitee_host.wire import messages as m
 
-KINDS = ("resnet8-batch", "vgg", "windows", "mobilenet")
+KINDS = ("resnet8-batch", "resnet8", "vgg", "windows", "mobilenet")
 BUILD = int8_case("resnet8-batch").build
 EMULATED = ("qemu-m3", "qemu-m4", "qemu-m7", "qemu-m33", "qemu-m55", "qemu-rv32f", "qemu-rv32")
 
@@ -78,8 +78,9 @@ def test_a_process_answers_what_litert_does(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("board", EMULATED)
-def test_a_board_answers_what_litert_does(board: str, tmp_path: Path) -> None:
-    assert on(board, int8_case("resnet8-batch"), tmp_path) == {}
+@pytest.mark.parametrize("kind", ["resnet8-batch", "resnet8"])
+def test_a_board_answers_what_litert_does(board: str, kind: str, tmp_path: Path) -> None:
+    assert on(board, int8_case(kind), tmp_path) == {}
 
 
 # ---- planted faults ----

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from firmware.int8_cases import CASES, Addend, Call, Numbers, Output, case, rng
+from firmware.int8_cases import CASES, Addend, Call, Norm, Numbers, Output, case, rng
 from firmware.int8_oracle import Array, Operator, Tensor, model, quantize_multiplier, run
 from firmware.kernels_harness import KERNELS, Image, Kernels, build, guarded
 
@@ -33,6 +33,17 @@ class CAddend(ctypes.Structure):
     _fields_ = (
         ("multiplier", ctypes.c_int32),
         *((name, ctypes.c_int8) for name in ("shift", "zero")),
+    )
+
+
+class CNorm(ctypes.Structure):
+    """`struct int8_norm` of int8.h."""
+
+    _fields_ = (
+        *((f"{what}_multiplier", ctypes.c_int32) for what in ("mean", "square")),
+        *((f"{what}_shift", ctypes.c_int8) for what in ("mean", "square")),
+        *((f"{what}_scale", ctypes.c_float) for what in ("mean", "square")),
+        *((role, ctypes.c_void_p) for role in ("epsilon", "floor", "factor", "shift")),
     )
 
 
@@ -60,6 +71,9 @@ def converted(call: Call) -> list[Any]:
                 found.append(COutput(*pointers, zero, low, high))
             case Addend(multiplier, shift, zero):
                 found.append(CAddend(multiplier, shift, zero))
+            case Norm(numbers, scales, epsilon, floor, factor, shift):
+                arrays = epsilon, floor, factor, shift
+                found.append(CNorm(*numbers, *scales, *(a.ctypes.data for a in arrays)))
             case Image():
                 depthwise = call.kernel == "int8_depthwise"
                 found.append(argument.window(argument.channels if depthwise else argument.out))
@@ -90,11 +104,12 @@ def test_every_kernel_has_a_case() -> None:
     }
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("add", "rescale"))])
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("add", "rescale", "group"))])
 def test_an_output_may_take_the_place_of_an_input(kernels: Kernels, name: str) -> None:
     call = case(name)
     arguments = converted(call)
-    kernels.call(call.kernel, arguments[0], *arguments)
+    room = [guarded(np.zeros(call.scratch, np.int8))] if call.scratch else []
+    kernels.call(call.kernel, arguments[0], *arguments, *room)
     np.testing.assert_array_equal(arguments[0], call.expected)
 
 
@@ -199,6 +214,18 @@ FAULTS = {
     ),
     "a mean around 0": Fault(
         "int8_pool.c", "[i * channels + channel] - zero", "[i * channels + channel]", "mean 1x1"
+    ),
+    "a mean of 0": Fault(
+        "int8_group_norm.c", "* (float)int8_put(sum, of_sum, MEAN)", "* 0.0f", "group norm"
+    ),
+    "a variance around 0": Fault(
+        "int8_group_norm.c", "square - product(mean, mean)", "square", "group norm"
+    ),
+    "no least variance": Fault(
+        "int8_group_norm.c", ": norm->floor[group]", ": 1e-9f", "group norm"
+    ),
+    "weights that are cut off": Fault(
+        "int8_group_norm.c", "(rest >= 0.5f) - (rest <= -0.5f)", "0", "group norm"
     ),
     "the smallest of a window": Fault(
         "int8_pool.c", "from[i] > to[i]", "from[i] < to[i]", "MAX pool odd sizes"

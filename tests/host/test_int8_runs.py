@@ -32,7 +32,7 @@ rounds = 2
 exits = "upto"
 [model]
 width = 4
-norm = "batch"
+norm = "group"
 [data]
 samples = 128
 [[client]]
@@ -277,14 +277,12 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("--board", "qemu-m4", "--int8", "--width", "64", "--cut", "layer3"),
         "resnet8: its segment up to layer3 in 8 bits needs ",
     ),
-    "a network with group norms": (("group.toml", "--int8"), 'train with norm = "batch"'),
     "a folder that is no run": (("empty", "--int8"), "is empty the folder of a run?"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_build_refuses(case: str, place: Path) -> None:
-    Path("group.toml").write_text(TINY.replace('norm = "batch"', 'norm = "group"'))
     Path("empty").mkdir(exist_ok=True)
     arguments, words = REFUSED[case]
     said = splitee("build", *arguments)

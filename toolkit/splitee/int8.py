@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -52,9 +52,9 @@ class Scale:
 class Int8Op:
     """One operation; the tensor that it makes carries its name.
 
-    kind: conv2d, linear, add, mean (over height and width), avg_pool, max_pool, relu. attrs have
-    kernel, stride and padding (pairs) of windows, groups of a convolution, and everywhere
-    activation, one of ACTIVATIONS; a relu's is never none.
+    kind: conv2d, linear, group_norm, add, mean (over height and width), avg_pool, max_pool, relu.
+    attrs have kernel, stride and padding (pairs) of windows, groups of a convolution or norm, and
+    everywhere activation, one of ACTIVATIONS; a relu's is never none.
     """
 
     kind: str
@@ -118,7 +118,7 @@ class Int8Graph:
         """Multiply-accumulates of one sample, of convolutions and linear layers."""
         total = 0
         for op in self.ops:
-            if op.weights:
+            if "weight" in op.weights:
                 out = self.shapes[op.name]
                 weight = self.weights[op.weights["weight"]]
                 total += math.prod(out[:-1]) * weight.size
@@ -128,7 +128,8 @@ class Int8Graph:
         """int32 (multipliers, shifts) that bring an operation's sums to its output's scale.
 
         A convolution has one for each output channel; linear, mean and relu have one; an addition
-        three, of its inputs and of their sum; pools have none. ``multiply`` is what they mean.
+        three, of its inputs and of their sum; pools have none. A group norm has one of its means,
+        one of its squares, and one for each output channel. ``multiply`` is what they mean.
         """
         out = float(self.scales[op.name].scale)
         scales = [float(self.scales[name].scale) for name in op.inputs]
@@ -143,11 +144,17 @@ class Int8Graph:
                 return _mean_requant(
                     scales[0] / out, self.elements(op.inputs[0]) // self.shapes[op.name][-1]
                 )
+            case "group_norm":
+                count = self.count(op)
+                means, shift = _mean_requant(1 / self.scales[of_means(op.name)].scale, count)
+                squares = scales[0] * self.square_scale(op) / self.scales[of_squares(op.name)].scale
+                weights = self.weight_scales[op.weights["factor"]].astype(np.float64)
+                rest = _pairs([squares, *(scales[0] * weights / out)])
+                return np.concatenate([means, rest[0]]), np.concatenate([shift, rest[1]])
             case "add":
                 widest = 2 * max(scales)
                 real = [*(scale / widest for scale in scales), widest / (out * (1 << ADD_SHIFT))]
-        pairs = [quantize_multiplier(number) for number in real]
-        return np.array([m for m, _ in pairs], np.int32), np.array([s for _, s in pairs], np.int32)
+        return _pairs(real)
 
     def clamp(self, op: Int8Op) -> tuple[int, int]:
         """The least and the largest int8 that an operation may answer, by its activation."""
@@ -218,6 +225,48 @@ class Int8Graph:
         sums = rows.astype(np.float64) @ weight.T.astype(np.float64)
         return self._rescale(op, sums.astype(np.int64) + self.weights[op.weights["bias"]])
 
+    def count(self, op: Int8Op) -> int:
+        """How many values a group of a group norm has."""
+        return self.elements(op.name) // int(op.attrs["groups"])
+
+    def square_scale(self, op: Int8Op) -> float:
+        """The scale, float32, of a group norm's input as the filter of itself."""
+        return float(np.float32(1 / (self.scales[op.inputs[0]].scale * self.count(op))))
+
+    def norm_weights(self, op: Int8Op, x: Array) -> tuple[Array, Array]:
+        """The weights and biases, int32 (n, channels), that a group norm makes for samples x.
+
+        Its input is x: int32 (n, height, width, channels), its zero point 0. Means of groups and
+        sums of a channel's squares are brought to 8 bits; what is made of them is float32, in steps
+        of x, each operation rounded by itself. Of the constants, epsilon is added to the sums;
+        floor is the least variance; factor over the deviation is the weight; shift is the bias for
+        no mean.
+        """
+        multipliers, shifts = self.requant(op)
+        n, channels, groups = len(x), x.shape[-1], op.attrs["groups"]
+        size = channels // groups
+        constants = {role: self.weights[name] for role, name in op.weights.items()}
+        totals = x.sum((1, 2), dtype=np.int64).reshape(n, groups, size).sum(2)
+        sums = (x.astype(np.int64) ** 2).sum((1, 2)) + constants["epsilon"]
+        means, squares = self.scales[of_means(op.name)], self.scales[of_squares(op.name)]
+        mean = means.dequantize(np.clip(multiply(totals, multipliers[0], shifts[0]), LOW, HIGH))
+        parts = multiply(sums, multipliers[1], shifts[1]) + squares.zero_point
+        parts = squares.dequantize(np.clip(parts, LOW, HIGH)).reshape(n, groups, size)
+        # one after another, as kernels add
+        square = np.add.accumulate(parts, axis=2)[:, :, -1]
+        variance = np.maximum(square - mean * mean, constants["floor"])
+        weight = (1 / np.sqrt(variance)).repeat(size, 1) * constants["factor"]
+        bias = constants["shift"] - mean.repeat(size, 1) * weight
+        halves = np.copysign(0.5, weight.astype(np.float64))
+        rounded = np.clip(np.trunc(weight + halves), LOW, HIGH)
+        return rounded.astype(np.int32), bias.astype(np.int32)
+
+    def _group_norm(self, op: Int8Op, x: Array) -> Array:
+        weight, bias = (made[:, None, None] for made in self.norm_weights(op, x))
+        multipliers, shifts = (made[2:] for made in self.requant(op))
+        zero_point = self.scales[op.name].zero_point
+        return multiply(x * weight + bias, multipliers, shifts) + zero_point
+
     def _add(self, op: Int8Op, *inputs: Array) -> Array:
         multipliers, shifts = self.requant(op)
         total = np.zeros(inputs[0].shape, np.int64)
@@ -257,6 +306,21 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
     if multiplier == 1 << 31:
         multiplier, shift = 1 << 30, shift + 1
     return (multiplier, shift) if shift >= -31 else (0, 0)
+
+
+def of_means(norm: str) -> str:
+    """The name of a group norm's means, in steps of its input."""
+    return f"{norm}.means"
+
+
+def of_squares(norm: str) -> str:
+    """The name of what each channel adds to its group's mean square, in squared steps."""
+    return f"{norm}.squares"
+
+
+def _pairs(real: Iterable[float]) -> tuple[Array, Array]:
+    pairs = [quantize_multiplier(number) for number in real]
+    return np.array([m for m, _ in pairs], np.int32), np.array([s for _, s in pairs], np.int32)
 
 
 def multiply(x: Array, multiplier: Array, shift: Array) -> Array:

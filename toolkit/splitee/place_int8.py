@@ -18,7 +18,7 @@ from splitee.place import STEP_CODE, Memory, Room, lacks
 from splitee.steps import Place, Schedule, Step, Variant
 
 INPUT = "input"  # the buffer that is full before a schedule's first step
-IN_PLACE = ("add", "relu")  # element by element: the output may lie on an input
+IN_PLACE = ("add", "relu", "group_norm")  # element by element: the output may lie on an input
 
 _EVERY_PASS = Place(0, "trunk")
 _PIXELS, _PIXELS_MAX = 4, 16  # of int8.h: gathered at once, beyond the first where they are small
@@ -32,9 +32,11 @@ def scratch(op: Int8Op) -> str:
 
 def scratch_bytes(graph: Int8Graph, op: Int8Op) -> int:
     """What int8.h says that an operation needs for itself, in bytes; a test compares the two."""
+    channels = graph.shapes[op.inputs[0]][-1]
+    if op.kind == "group_norm":
+        return 5 * channels  # an int32 and an int8 for each
     if op.kind != "conv2d":
         return 0
-    channels = graph.shapes[op.inputs[0]][-1]
     if graph.depthwise(op):
         return channels
     one: int = math.prod(op.attrs["kernel"]) * (channels // op.attrs["groups"])

@@ -2,11 +2,13 @@
 
 Weights are symmetric around zero, a convolution's with a scale for each output channel, a linear
 layer's with one; activations have a scale and a zero point for each tensor. Batch norms become part
-of the convolutions before them, and activations of the operations before them.
+of the convolutions before them, and activations of the operations before them; what group norms
+become is in quantize_norm.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,12 +18,23 @@ import numpy as np
 from splitee.errors import ModelError
 from splitee.fold import fold
 from splitee.graph import Graph, Op
-from splitee.int8 import HIGH, LOW, Int8Graph, Int8Op, Scale
+from splitee.int8 import HIGH, LOW, Int8Graph, Int8Op, Scale, of_means, of_squares
 from splitee.ops import Array, Shape
+from splitee.quantize_norm import (
+    Centred,
+    Moments,
+    constants,
+    with_centred,
+    with_own_convolutions,
+)
 
+PIXELS_MAX = 1 << 16  # of a group norm
 BATCH = 32  # images that run at once to calibrate
-KINDS = ("conv2d", "linear", "batch_norm", "relu", "relu6", "add", "max_pool", "avg_pool", "branch")
-FUSES = ("conv2d", "linear", "add")  # operations that an activation becomes a part of
+KINDS = (
+    "conv2d", "linear", "batch_norm", "group_norm", "relu", "relu6", "add", "max_pool", "avg_pool",
+    "branch",
+)  # fmt: skip
+FUSES = ("conv2d", "linear", "add", "group_norm")  # operations that an activation becomes a part of
 RATIO = 256  # an output's scale is no finer than its input's over this, so that int32 is enough
 BIAS_MAX = 1 << 30  # leaves a bit for the products that are added to a bias
 
@@ -40,22 +53,23 @@ def quantize(
         raise ModelError("there is nothing to calibrate 8 bits with: give it images")
     _refuse(graph)
     graph = _without_norms(fold(graph.at(list(graph.exits)[-1], upto=False)))
+    graph = with_own_convolutions(graph)
     bytes_in = np.arange(256, dtype=np.float32) * np.array(scale, np.float32)[:, None]
     bytes_in = bytes_in + np.array(shift, np.float32)[:, None]
-    ranges = _ranges(graph, images, bytes_in)
+    ranges, inputs = _seen(graph, images, bytes_in)
     ranges[graph.input] = (float(bytes_in.min()), float(bytes_in.max()))
-    return _Writer(graph, ranges, bytes_in).graph8()
+    return _Writer(with_centred(graph, inputs), ranges, inputs, bytes_in).graph8()
 
 
 def _refuse(graph: Graph) -> None:
     for op in graph.ops:
-        if op.kind == "group_norm":
-            raise ModelError(
-                f"{op.name}: 8 bits have no group_norm, whose statistics are those of each image: "
-                'train with norm = "batch", or export float32 C or ONNX'
-            )
         if op.kind not in KINDS:
             raise ModelError(f"{op.name}: 8 bits have no {op.kind}; they have {', '.join(KINDS)}")
+        if op.kind == "group_norm" and math.prod(graph.shapes[op.name][1:]) > PIXELS_MAX:
+            raise ModelError(
+                f"{op.name}: a group norm in 8 bits is of at most {PIXELS_MAX} pixels, so that its "
+                "sums fit 32 bits: take smaller images, or pool before it"
+            )
 
 
 def _without_norms(graph: Graph) -> Graph:
@@ -81,25 +95,37 @@ def _without_norms(graph: Graph) -> Graph:
     )
 
 
-def _ranges(graph: Graph, images: Array, bytes_in: Array) -> dict[str, tuple[float, float]]:
-    """The least and the largest value of every tensor."""
+def _seen(
+    graph: Graph, images: Array, bytes_in: Array
+) -> tuple[dict[str, tuple[float, float]], dict[str, Centred]]:
+    """The least and the largest value of every tensor, and what group norms are to be given."""
     channels = np.arange(len(bytes_in))[:, None, None]
+    norms = {op.inputs[0]: op for op in graph.ops if op.kind == "group_norm"}
     found: dict[str, tuple[float, float]] = {}
+    moments: dict[str, Moments] = {}
     for start in range(0, len(images), BATCH):
         values = graph.run(bytes_in[channels, images[start : start + BATCH]])
         for name, value in values.items():
             low, high = found.get(name, (0.0, 0.0))
             found[name] = (min(low, float(value.min())), max(high, float(value.max())))
-    return found
+        for name in norms:
+            more = Moments.of(values[name])
+            moments[name] = moments[name].and_those(more) if name in moments else more
+    return found, {name: Centred.of(op, moments[name]) for name, op in norms.items()}
 
 
 class _Writer:
     """Goes through a graph of floats and writes each operation down in 8 bits."""
 
     def __init__(
-        self, graph: Graph, ranges: Mapping[str, tuple[float, float]], bytes_in: Array
+        self,
+        graph: Graph,
+        ranges: Mapping[str, tuple[float, float]],
+        inputs: Mapping[str, Centred],
+        bytes_in: Array,
     ) -> None:
         self.graph, self.ranges, self.bytes_in = graph, ranges, bytes_in
+        self.inputs = inputs  # of group norms
         self.made = {op.name: op for op in graph.ops}
         readers = Counter(x for op in graph.ops for x in op.inputs)
         readers.update([graph.cut, *graph.exits.values()])
@@ -150,11 +176,15 @@ class _Writer:
             kind, attrs = "mean", {"activation": "none"}
         weights: dict[str, str] = {}
         finest = max(self.scales[i].scale for i in x) / RATIO
-        if op.weights:
+        if kind == "group_norm":
+            weights, finest = self.normalised(op, x[0])
+        elif op.weights:
             weights, finest = self.weighted(op, x[0])
         # TensorFlow Lite's pools do not scale, and TFLite Micro's RELU6 does not either
         if kind in ("max_pool", "avg_pool") or op.kind == "relu6":
             self.scales[name] = self.scales[x[0]]
+        elif name in self.inputs:
+            self.scales[name] = Scale(float(np.float32(max(-1 / LOW, finest))), 0)
         else:
             self.scales[name] = _scale(*self.ranges[name], finest)
         self.ops.append(Int8Op(kind, name, tuple(x), attrs, weights))
@@ -187,6 +217,16 @@ class _Writer:
         self.weights[names["bias"]] = np.round(bias / (unit * real)).astype(np.int32)
         self.weight_scales[names["weight"]] = scales
         return names, unit * float(real.max())
+
+    def normalised(self, op: Op, x: str) -> tuple[dict[str, str], float]:
+        """The same of a group norm: the names of its constants."""
+        step, name = self.scales[x].scale, self.names[op.name]
+        made = constants(op, self.inputs[x], step, self.graph)
+        names = {role: f"{op.name}.{role}" for role in made.arrays}
+        self.weights |= {names[role]: array for role, array in made.arrays.items()}
+        self.scales |= {of_means(name): made.mean, of_squares(name): made.squares}
+        self.weight_scales[names["factor"]] = made.weight_scales
+        return names, step * float(made.weight_scales.max())
 
     def channels_last(self, op: Op, weight: Array) -> Array:
         """An operation's weight for an input whose channels come last."""
