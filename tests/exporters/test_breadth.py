@@ -20,9 +20,9 @@ pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed")
 RESNET = (3, 16, 16)
 NETWORKS: dict[str, tuple[tuple[int, int, int], int | None, tuple[str, ...]]] = {
     "resnet8": (RESNET, 4, ("stem", "layer1", "layer3")),
-    "resnet18": (RESNET, 4, ("layer1", "layer2.0", "layer4")),
+    "resnet18": (RESNET, 4, ("layer1", "layer2.0", "layer3")),
     "resnet20": (RESNET, 4, ("layer1.0", "layer2", "layer3.1")),
-    "torchvision:mobilenet_v2": ((3, 32, 32), None, ("features.0", "features.3", "features.8")),
+    "torchvision:mobilenet_v2": ((3, 32, 32), None, ("features.0", "features.2", "features.4")),
     "exporters.plain_networks:vgg": ((3, 12, 12), None, ("3", "7", "10")),
 }
 CASES = [
