@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from splitee import samples
+from splitee.errors import ExportError
 from splitee.halves import Halves, of_model
 from splitee_exporters.export import FORMATS, Format, Options, export
 from splitee_host.boards import firmware_root
@@ -20,9 +21,9 @@ pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed")
 RESNET = (3, 16, 16)
 NETWORKS: dict[str, tuple[tuple[int, int, int], int | None, tuple[str, ...]]] = {
     "resnet8": (RESNET, 4, ("stem", "layer1", "layer3")),
-    "resnet18": (RESNET, 4, ("layer1", "layer2.0", "layer3")),
+    "resnet18": (RESNET, 4, ("layer1", "layer2.0", "layer4")),
     "resnet20": (RESNET, 4, ("layer1.0", "layer2", "layer3.1")),
-    "torchvision:mobilenet_v2": ((3, 32, 32), None, ("features.0", "features.2", "features.4")),
+    "torchvision:mobilenet_v2": ((3, 32, 32), None, ("features.0", "features.3", "features.8")),
     "exporters.plain_networks:vgg": ((3, 12, 12), None, ("3", "7", "10")),
 }
 CASES = [
@@ -31,6 +32,10 @@ CASES = [
     for norm in ("batch", "group")
     for cut in cuts
 ]
+
+
+# with fresh weights, group norms bring the roundings of so many layers up to a tenth and more
+UNTRAINED = ("layer4", "features.8")
 
 
 @cache
@@ -66,6 +71,10 @@ def test_it_is_written_as_onnx_with_its_training_and_the_servers_half(
 
 @pytest.mark.parametrize(("name", "norm", "cut"), CASES)
 def test_it_is_written_as_int8_tflite(name: str, norm: str, cut: str, tmp_path: Path) -> None:
+    if norm == "group" and cut in UNTRAINED:
+        with pytest.raises(ExportError, match="are off by"):
+            exported(halves(name, norm, cut), "tflite", tmp_path)
+        return
     assert exported(halves(name, norm, cut), "tflite", tmp_path) == ["segment-int8.tflite"]
 
 
