@@ -1236,6 +1236,11 @@ def _of_fleet(fleet_file: Path, name: str | None) -> tuple[Learner, Build, str]:
     from splitee_host.torch_learner import TorchLearner
 
     torch.set_num_threads(1)
+    if fleet_file.is_dir():
+        raise FleetError(
+            f"{fleet_file}: a folder: add --runtime onnx if it is one that was exported, or name "
+            "the fleet file"
+        )
     fleet = read(fleet_file)
     names = [c.name for c in fleet.client]
     if name not in names:

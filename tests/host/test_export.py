@@ -193,6 +193,24 @@ def test_a_weight_that_does_not_learn_as_in_pytorch_is_named(
     assert not Path("exported").exists()
 
 
+def test_a_folder_without_its_runtime_is_named() -> None:
+    Path("exported").mkdir()
+    said = splitee("client", "exported", "--name", "tiny")
+    assert said.code == 1
+    assert "exported: a folder: add --runtime onnx" in " ".join(said.err.split())
+
+
+def test_a_run_is_exported_as_c_of_8_bits(run: Path) -> None:
+    rows = exported(run, "--format", "c", "--int8")
+    assert {(r["client"], r["file"]) for r in rows} == {
+        (client, "src/segment.c") for client in ("tiny", "edge", "big")
+    }
+    for client in ("tiny", "edge", "big"):
+        (file,) = json.loads(Path(f"exported/{client}/manifest.json").read_text())["files"]
+        assert file["trains"] is False
+        assert file["input"]["type"] == "int8"
+
+
 def test_what_does_not_fit_its_board_is_refused() -> None:
     pytest.importorskip("tflite_micro", reason="tflite-micro is not installed")
     said = refused("--model", "resnet8", "--width", "300", "--cut", "1", "--format", "tflite",
