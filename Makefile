@@ -18,7 +18,7 @@ demo: setup ## train one network across several devices, all of them on this mac
 	@$(venv)/splitee train examples/demo.toml
 
 test: setup ## run the tests, on every core
-	@$(venv)/pytest -n auto --dist loadfile
+	@$(venv)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 fuzz: setup ## look for bytes that break the firmware's decoder or device, FUZZ_SECONDS each
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(venv)/pytest --hypothesis-profile=fuzz --timeout=0 -rsP \

@@ -295,7 +295,7 @@ def test_a_length_of_four_gigabytes_takes_no_memory_and_is_counted() -> None:
 
 def test_another_segment_is_rejected_by_its_checksum(folder: Path) -> None:
     with device_at("udp", folder, lambda link: link) as device:
-        device.build = case("pools").build
+        device.checksum = case("pools").build.checksum
         with pytest.raises(Mismatch, match="holds segment"):
             device.hello()
 
