@@ -1,0 +1,219 @@
+"""`splitee train`: a fleet from its file, or a run that goes on."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from splitee_host.cli.common import BUILD, app, assembly_of, new_console, plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from splitee.assemble import Assembly
+    from splitee.runs import Checkpoint, ClientSummary, Run
+    from splitee.strategies import Averaging, Sequential
+    from splitee_host.launch import Launched
+    from splitee_host.memory import Usage
+
+
+@app.command()
+def train(
+    fleet_file: Annotated[
+        Path | None, typer.Argument(help="The fleet file (TOML).", metavar="FLEET")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this folder, behind its last complete round, in place of "
+            "training a fleet from the beginning.",
+            metavar="RUN",
+        ),
+    ] = None,
+) -> None:
+    """Train a fleet; leaves metrics, checkpoint and summary in runs/<name>/."""
+    import torch
+
+    from splitee.errors import CheckpointError, FleetError, LinkError
+    from splitee.fleet import read
+    from splitee.runs import Run, check
+    from splitee_exporters.c import to_c
+    from splitee_host import keys
+    from splitee_host.launch import Launcher
+    from splitee_host.screen import final_table, memory_table
+
+    torch.set_num_threads(1)  # sums in one order: a second run is bit-identical
+    began = time.perf_counter()
+    console = new_console()
+
+    def say(text: str) -> None:
+        console.print(plain(text), highlight=False)
+
+    checkpoint: Checkpoint | None = None
+    if (fleet_file is None) == (resume is None):
+        raise FleetError(
+            "train takes a fleet file, or --resume with the folder of a run, whose own copy of the "
+            "fleet file it then uses: give one of the two"
+        )
+    if resume is not None:
+        run = Run(resume)
+        fleet_file = run.fleet_file
+        if not fleet_file.exists():
+            raise CheckpointError(f"{fleet_file}: no such file: is {resume} the folder of a run?")
+        fleet = read(fleet_file)
+        if run.checkpoint_file.exists():
+            checkpoint = run.load()
+        say(_goes_on(run, checkpoint, fleet.rounds))
+    else:
+        assert fleet_file is not None
+        fleet = read(fleet_file)
+        run = Run(runs / fleet.name)
+    assembly = assembly_of(fleet)
+    if checkpoint is not None:
+        held = {name: state.weights for name, state in checkpoint.states.items()}
+        check(held, {m.name: m.state.weights for m in assembly.members})
+    elif resume is None and (unfinished := _unfinished(run)):
+        say(unfinished)
+    with Launcher(assembly, fleet_file, to_c, BUILD, say) as launcher:
+        launched = [launcher.launch(member) for member in assembly.members]
+        strategy = _strategy(assembly, launched, checkpoint)
+        complete = checkpoint.round if checkpoint is not None else 0
+        if resume is not None:
+            run.resume(complete)
+        else:
+            run.begin(fleet_file.read_text(encoding="utf-8"))
+            keys.lend(fleet_file, run.fleet_file)
+        earlier = run.seconds()
+        summaries, usages = _train(console, assembly, run, launched, strategy, complete + 1)
+    console.print(final_table(summaries))
+    if usages:
+        console.print(memory_table(usages))
+    run.finish(earlier + time.perf_counter() - began, summaries)
+    rounds = run.took_part()
+    for summary in summaries:
+        there = sum(summary.name in r["clients"] for r in rounds)
+        if there < len(rounds):
+            say(f"{summary.name} took part in {there} of {len(rounds)} rounds")
+    console.print(
+        f"{len(rounds)} rounds in {earlier + time.perf_counter() - began:.0f} s; curves, metrics "
+        f"and checkpoint in {run.folder}/",
+        highlight=False,
+    )
+    if all(summary.lost for summary in summaries):
+        raise LinkError(
+            "every client was lost; the table shows what was kept of each: when they are back, go "
+            f"on with `splitee train --resume {run.folder}`"
+        )
+
+
+def _goes_on(run: Run, checkpoint: Checkpoint | None, rounds: int) -> str:
+    """What resuming a run begins with, in words."""
+    if checkpoint is None:
+        return f"{run.folder}/: no round is complete yet: beginning with the first"
+    if checkpoint.round >= rounds:
+        return f"{run.folder}/: all {rounds} rounds are complete: only testing"
+    return f"{run.folder}/: going on behind round {checkpoint.round} of {rounds}"
+
+
+def _unfinished(run: Run) -> str | None:
+    """What a new run of the same name is about to replace, where that could have gone on."""
+    from splitee.errors import SpliteeError
+    from splitee.fleet import read
+
+    with suppress(SpliteeError):  # none, or none that we can go on with
+        done, rounds = run.load().round, read(run.fleet_file).rounds
+        if done < rounds:
+            return (
+                f"{run.folder}/ holds a run that ended behind round {done} of {rounds}; this one "
+                f"takes its place (`splitee train --resume {run.folder}` goes on with it instead)"
+            )
+    return None
+
+
+def _strategy(
+    assembly: Assembly, launched: list[Launched], checkpoint: Checkpoint | None
+) -> Averaging | Sequential:
+    """The fleet's strategy; where there is a checkpoint, all clients and servers are at it."""
+    from splitee.runs import check
+    from splitee_host.launch import torch_device
+
+    clients, device = [entry.client for entry in launched], torch_device()
+    if checkpoint is None:
+        return assembly.strategy(clients, device)
+    strategy = assembly.strategy(clients, device, states=checkpoint.states)
+    check(checkpoint.servers, {n: s.tensors() for n, s in strategy.servers().items()})
+    strategy.load(checkpoint.servers, checkpoint.server_momentum)
+    for entry in launched:
+        entry.client.start(checkpoint.states[entry.client.name], entry.member.images)
+    return strategy
+
+
+def _train(
+    console: Console,
+    assembly: Assembly,
+    run: Run,
+    launched: list[Launched],
+    strategy: Averaging | Sequential,
+    first: int,
+) -> tuple[list[ClientSummary], list[Usage]]:
+    """Rounds from the first, then the test; a summary and the firmware's memory for each client."""
+    from splitee.errors import LinkError
+    from splitee.runs import ClientSummary
+    from splitee.train import RoundDone, evaluate, fit
+    from splitee_host.screen import Screen
+
+    clients = [entry.client for entry in launched]
+    samples = {m.name: len(m.images) for m in assembly.members}
+    with Screen(console, clients, samples, assembly.fleet.rounds, first) as screen:
+        for event in fit(strategy, assembly.fleet.rounds, first):
+            screen.show(event)
+            run.log(event)
+            if isinstance(event, RoundDone):
+                run.save(event.round, event.states, strategy.servers())
+    lost = dict(strategy.away)
+    passes = [r for r in run.metrics() if r["event"] == "ClientDone"]
+    console.print("testing: every client answers the test images itself", highlight=False)
+    summaries = []
+    usages = []
+    for entry in launched:
+        member, client, usage = entry.member, entry.client, entry.memory
+        mine = [r for r in passes if r["client"] == member.name]
+        trained = max(1, sum(r["samples"] for r in mine))
+        up = sum(r["activations_up"] for r in mine) / trained
+        if member.name not in lost:
+            try:
+                answers = evaluate(client, strategy.server(member.name), assembly.dataset.test)
+                usage = entry.usage()
+            except LinkError as error:
+                lost[member.name] = str(error)
+        if member.name in lost:
+            # what it had learnt by its last complete round is kept, and tested here
+            client = assembly.local(member)
+            client.start(strategy.states[member.name], member.images)
+            answers = evaluate(client, strategy.server(member.name), assembly.dataset.test)
+        summaries.append(
+            ClientSummary(
+                name=member.name,
+                tier=entry.tier,
+                board=entry.board,
+                link=entry.link,
+                cut=member.cut.name,
+                parameters=member.graph.parameter_size,
+                arena_bytes=member.build.arena_bytes,
+                flash_bytes=entry.flash_bytes,
+                bytes_up_per_sample=round(up, 1),
+                ms_per_sample=round(1000 * sum(r["seconds"] for r in mine) / trained, 3),
+                exit_accuracy=answers.exit_accuracy,
+                server_accuracy=answers.server_accuracy,
+                lost=lost.get(member.name),
+                memory=usage.figures() if usage else None,
+            )
+        )
+        if usage:
+            usages.append(usage)
+    return summaries, usages
