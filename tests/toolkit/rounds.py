@@ -13,7 +13,7 @@ from splitee.data import Images
 from splitee.errors import LinkClosed, Timeout
 from splitee.ops import Array
 from splitee.strategies import Averaging, Rate, Sequential
-from splitee.train import ClientBack, ClientDone, ClientLost, Event, RoundDone
+from splitee.train import ClientBack, ClientDone, ClientLost, Event, RoundDone, batches
 from toolkit.networks import arrays, local_client, random_images, resnet, server_for
 
 SETTINGS = Settings(0.05, 0.9, 0.0, 0.5, 0.5)
@@ -36,10 +36,16 @@ def clients(
     ]  # fmt: skip
 
 
+def pass_of(client: LocalClient) -> list[int]:
+    """The batches of its whole shard."""
+    return batches(client.place, BATCH)
+
+
 def averaging(
     members: Sequence[Client],
     *,
     aggregate: str = "all",
+    local_steps: int | None = None,
     period: int = 1,
     rate: Rate | None = None,
     norm: str = "group",
@@ -49,8 +55,8 @@ def averaging(
     """Averaging over clients; each has a replica from the same weights."""
     servers = {c.name: server_for(resnet(norm=norm), [c.cut], settings) for c in members}
     return Averaging(
-        members, servers, SAMPLES, batch=BATCH, aggregate=aggregate, period=period, rate=rate,
-        states=states_of(members), round_deadline=round_deadline,
+        members, servers, batch=BATCH, local_steps=local_steps, aggregate=aggregate, period=period,
+        rate=rate, states=states_of(members), round_deadline=round_deadline,
     )  # fmt: skip
 
 
@@ -58,6 +64,7 @@ def sequential(
     members: Sequence[Client],
     *,
     aggregate: str = "all",
+    local_steps: int | None = None,
     period: int = 1,
     rate: Rate | None = None,
     norm: str = "group",
@@ -67,8 +74,8 @@ def sequential(
     """Sequential over clients at one server."""
     server = server_for(resnet(norm=norm), [CUTS[c.name] for c in members], settings)
     return Sequential(
-        members, server, SAMPLES, batch=BATCH, aggregate=aggregate, period=period, rate=rate,
-        states=states_of(members), round_deadline=round_deadline,
+        members, server, batch=BATCH, local_steps=local_steps, aggregate=aggregate, period=period,
+        rate=rate, states=states_of(members), round_deadline=round_deadline,
     )  # fmt: skip
 
 

@@ -7,13 +7,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
-from splitee.client import LocalClient
+from splitee.client import LocalClient, Settings
+from splitee.data import draw_order
 from splitee.ops import Array
 from splitee.train import BatchDone, ClientLost, Event, RoundDone, fit
-from toolkit.networks import arrays, far, unequal
+from toolkit.networks import arrays, far, network_input, random_images, resnet, unequal
 from toolkit.rounds import (
+    BATCH,
     REASON,
     SAMPLES,
     Failing,
@@ -71,6 +76,36 @@ def test_with_all_every_owner_of_a_layer_holds_its_mean() -> None:
         for cut in ("stem", "layer1", "layer2")
         for role in ("weight", "bias")
     }
+
+
+def test_with_one_step_a_round_all_cuts_together_are_sgd_of_the_unsplit_network() -> None:
+    # every layer is owned once for each client, and the mean of steps of SGD, momentum and all, is
+    # the step of the mean gradient: that of a batch of all clients' samples
+    settings = Settings(0.05, 0.9, 1e-3, exit_weight=0.0, server_weight=1.0)
+    members = clients(settings=settings)
+    strategy = averaging(members, local_steps=1, settings=settings)
+    last = list(fit(strategy, 6))[-1]
+
+    model = resnet().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    shards = {c.name: random_images(SAMPLES[c.name], seed=ord(c.name)) for c in members}
+    for step in range(6):
+        parts = []
+        for name, images in shards.items():
+            epoch, start = divmod(step * BATCH, len(images))
+            order = draw_order(len(images), ord(name), epoch)
+            parts.append(images[order[start : start + BATCH]])
+        x = np.concatenate([part.x for part in parts])
+        y = torch.as_tensor(np.concatenate([part.y for part in parts])).long()
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(network_input(x)), y))
+        optimizer.step()
+    expected = arrays(model.state_dict())
+    assert isinstance(last, RoundDone)
+    for name, state in last.states.items():
+        whole = arrays(strategy.server(name).tensors()) | dict(state.weights)
+        assert set(expected) <= set(whole)
+        assert far({n: whole[n] for n in expected}, expected, 1e-4) == {}
 
 
 def test_momentum_is_not_averaged() -> None:

@@ -475,7 +475,7 @@ def test_a_lost_client_is_waited_for_to_the_deadline_at_most() -> None:
 def test_strategies_ask_clients_where_they_are_unless_they_are_told() -> None:
     members = clients()
     servers = {c.name: server_for(resnet(), [c.cut], SETTINGS) for c in members}
-    strategy = Averaging(members, servers, SAMPLES, batch=BATCH)
+    strategy = Averaging(members, servers, batch=BATCH)
     for name, state in states_of(members).items():
         assert unequal(strategy.states[name].weights, state.weights) == []
 

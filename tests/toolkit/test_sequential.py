@@ -13,7 +13,6 @@ from splitee.server import Server
 from splitee.train import BatchDone, ClientDone, ClientLost, Event, RoundDone, fit, train_pass
 from toolkit.networks import arrays, far, resnet, server_for, unequal
 from toolkit.rounds import (
-    BATCH,
     CUTS,
     REASON,
     SAMPLES,
@@ -25,6 +24,7 @@ from toolkit.rounds import (
     everything,
     last_states,
     mean_by_hand,
+    pass_of,
     sequential,
 )
 
@@ -34,7 +34,7 @@ NEVER = 99  # a period that no test reaches
 def by_hand() -> tuple[Server, dict[str, ClientDone]]:
     """The server and the clients after one round of turns, one after the other."""
     server = server_for(resnet(), list(CUTS.values()), SETTINGS)
-    turns = [train_pass(c, server, 1, SAMPLES[c.name], BATCH, lambda _: None) for c in clients()]
+    turns = [train_pass(c, server, 1, pass_of(c), lambda _: None) for c in clients()]
     return server, {turn.client: turn for turn in turns}
 
 
@@ -115,8 +115,8 @@ def test_a_client_that_is_lost_mid_turn_leaves_no_trace() -> None:
     # b is lost in the backward pass of its third batch: the server has learnt from two by then
     server = server_for(resnet(), list(CUTS.values()), SETTINGS)
     a, _, c = clients()
-    train_pass(a, server, 1, SAMPLES["a"], BATCH, lambda _: None)
-    train_pass(c, server, 1, SAMPLES["c"], BATCH, lambda _: None)
+    train_pass(a, server, 1, pass_of(a), lambda _: None)
+    train_pass(c, server, 1, pass_of(c), lambda _: None)
 
     members = [Wrapped(c, Failing("backward", 3 if c.name == "b" else 0)) for c in clients()]
     strategy = sequential(members, aggregate="server")

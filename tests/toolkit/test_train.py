@@ -13,10 +13,12 @@ from torch import nn
 from splitee.client import Client, Settings
 from splitee.data import Images, draw_order
 from splitee.server import Server
+from splitee.state import Place
 from splitee.train import (
     BatchDone,
     Event,
     RoundDone,
+    batches,
     fit,
     train_batch,
     train_pass,
@@ -86,12 +88,22 @@ def test_with_returned_gradients_the_halves_train_as_the_unsplit_network(
     assert set(both) == {n for n in whole.state_dict() if "num_batches" not in n}
 
 
+def test_batches_end_where_an_epoch_does() -> None:
+    fresh, inside = Place(10, seed=1), Place(10, seed=1, position=4)
+    assert batches(fresh, 4) == [4, 4, 2]
+    assert batches(Place(10, seed=1, position=10), 4) == [4, 4, 2]  # the next epoch's
+    assert batches(inside, 4) == [4, 2]  # what is left of it
+    assert batches(inside, 4, steps=1) == [4]
+    assert batches(inside, 4, steps=4) == [4, 2, 4, 4]
+    assert batches(Place(3, seed=1), 8, steps=2) == [3, 3]
+
+
 def test_a_pass_uses_every_sample_once_and_its_last_batch_may_be_smaller() -> None:
     images = random_images(10)
     client = local_client(resnet(), "layer1", RETURNED, images, capacity=3)
     server = server_for(resnet(), ["layer1"], RETURNED)
     events: list[Event] = []
-    done = train_pass(client, server, 2, 10, 4, events.append)
+    done = train_pass(client, server, 2, [4, 4, 2], events.append)
     batches = [e for e in events if isinstance(e, BatchDone)]
     assert [b.samples for b in batches] == [4, 4, 2]
     assert (done.client, done.round, done.samples) == ("one", 2, 10)
@@ -103,7 +115,7 @@ def test_a_pass_uses_every_sample_once_and_its_last_batch_may_be_smaller() -> No
     assert done.exit_accuracy == sum(b.exit_correct for b in batches) / 10
     assert done.bytes_up == 10 * (4 * 4 * 8 * 8 + 1)
     assert done.bytes_down == 10 * (4 * 4 * 8 * 8)
-    again = train_pass(client, server, 3, 10, 4, events.append)
+    again = train_pass(client, server, 3, [4, 4, 2], events.append)
     assert again.bytes_up == done.bytes_up  # of this pass, not so far
     assert client.place.epoch == 1
 

@@ -143,14 +143,14 @@ def test_the_losses_of_a_pass_are_means_over_what_was_sent() -> None:
     client = local_client(resnet(), "layer1", BOTH, images, capacity=8)
     client.unsure = middle(client)
     events: list[Event] = []
-    done = train_pass(client, server_for(resnet(), ["layer1"], BOTH), 1, 24, 8, events.append)
+    done = train_pass(client, server_for(resnet(), ["layer1"], BOTH), 1, [8, 8, 8], events.append)
     batches = [e for e in events if isinstance(e, BatchDone)]
     assert done.sent == sum(b.sent for b in batches)
     assert 0 < done.sent < done.samples == 24
     total = sum((b.server_loss or 0.0) * b.sent for b in batches)
     assert done.server_loss == pytest.approx(total / done.sent)
     client.unsure = 2.0
-    none = train_pass(client, server_for(resnet(), ["layer1"], BOTH), 2, 24, 8, events.append)
+    none = train_pass(client, server_for(resnet(), ["layer1"], BOTH), 2, [8, 8, 8], events.append)
     assert (none.sent, none.server_loss) == (0, None)
 
 

@@ -379,12 +379,13 @@ class Assembly:
 
         states: where they are, by name; None: where they start.
         """
-        samples = {c.name: len(self._shards[c.name]) for c in clients}
         if states is None:
-            states = {m.name: m.state for m in self.members if m.name in samples}
+            names = {c.name for c in clients}
+            states = {m.name: m.state for m in self.members if m.name in names}
         fleet = self.fleet
         how: dict[str, Any] = {
             "batch": fleet.batch,
+            "local_steps": fleet.local_steps,
             "aggregate": fleet.aggregate,
             "period": fleet.period,
             "rate": fleet.rate,
@@ -394,13 +395,13 @@ class Assembly:
         }
         if fleet.strategy == "sequential":
             server = self._server(self.members, device, "the server")
-            return Sequential(clients, server, samples, **how)
+            return Sequential(clients, server, **how)
         members = {m.name: m for m in self.members}
         servers = {
             c.name: self._server([members[c.name]], device, f'the server of client "{c.name}"')
             for c in clients
         }
-        return Averaging(clients, servers, samples, **how)
+        return Averaging(clients, servers, **how)
 
     def _server(self, members: Sequence[Member], device: str, name: str) -> Server:
         model: nn.Module = copy.deepcopy(self._model)

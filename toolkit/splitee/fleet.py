@@ -111,6 +111,8 @@ class Fleet(_Table):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     rounds: Annotated[int, Field(ge=1)] = 10
     batch: Annotated[int, Field(ge=1, le=4096)] = 16
+    # batches that a client trains in a round; None: its whole shard once
+    local_steps: Annotated[int, Field(ge=1)] | None = None
     strategy: Literal["averaging", "sequential"] = "averaging"
     gradient: Literal["local", "server", "both"] = "local"
     exit_weight: Annotated[float, Field(ge=0, le=1)] = 0.5

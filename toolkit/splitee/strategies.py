@@ -25,7 +25,7 @@ from splitee.client import Client, State
 from splitee.errors import DeviceRefused, Late, LinkError, Mismatch, NotFinite
 from splitee.ops import Array
 from splitee.server import Server
-from splitee.train import ClientBack, ClientDone, ClientLost, Event, RoundDone, train_pass
+from splitee.train import ClientBack, ClientDone, ClientLost, Event, RoundDone, batches, train_pass
 
 REPLAYS = 3  # of one pass: a device that resets in each of them must not keep the others waiting
 ATTEMPT = 1.0  # seconds that a client that is away gets to answer, again and again
@@ -69,8 +69,8 @@ class _Rounds:
     def __init__(
         self,
         clients: Sequence[Client],
-        samples: Mapping[str, int],
         batch: int,
+        local_steps: int | None,
         aggregate: str,
         period: int,
         rate: Rate | None,
@@ -81,8 +81,8 @@ class _Rounds:
         self.states = dict(states) if states is not None else {c.name: c.state() for c in clients}
         self._everyone = list(clients)
         self._away: dict[str, str] = {}
-        self._samples = samples
         self._batch = batch
+        self._local_steps = local_steps
         self._aggregate = aggregate
         self._period = period
         self._rate = rate
@@ -234,8 +234,8 @@ class _Rounds:
                 if self._rate is not None:
                     client.set_rate(self._rate(number))
                     server.set_rate(self._rate(number))
-                samples = self._samples[name]
-                done = train_pass(client, server, number, samples, self._batch, emit)
+                sizes = batches(self.states[name].place, self._batch, self._local_steps)
+                done = train_pass(client, server, number, sizes, emit)
             except NotFinite as error:
                 server.discard()
                 raise error.in_round(number) from error
@@ -336,9 +336,9 @@ class Sequential(_Rounds):
         self,
         clients: Sequence[Client],
         server: Server,
-        samples: Mapping[str, int],
         *,
         batch: int,
+        local_steps: int | None = None,
         aggregate: str = "server",
         period: int = 1,
         rate: Rate | None = None,
@@ -346,14 +346,23 @@ class Sequential(_Rounds):
         rejoin_within: float = 30.0,
         round_deadline: float | None = None,
     ) -> None:
-        """samples per client and round; server enters at every client's cut.
+        """server enters at every client's cut.
 
-        rate: None leaves clients and server at that of their settings. states: where the clients
-        are; None asks them. rejoin_within: seconds that a lost client has to come back.
+        local_steps: batches of a pass; None: the client's whole shard. rate: None leaves clients
+        and server at that of their settings. states: where the clients are; None asks them.
+        rejoin_within: seconds that a lost client has to come back.
         round_deadline: seconds that a turn may take.
         """
         super().__init__(
-            clients, samples, batch, aggregate, period, rate, states, rejoin_within, round_deadline
+            clients,
+            batch,
+            local_steps,
+            aggregate,
+            period,
+            rate,
+            states,
+            rejoin_within,
+            round_deadline,
         )
         self._server = server
 
@@ -394,9 +403,9 @@ class Averaging(_Rounds):
         self,
         clients: Sequence[Client],
         servers: Mapping[str, Server],
-        samples: Mapping[str, int],
         *,
         batch: int,
+        local_steps: int | None = None,
         aggregate: str = "server",
         period: int = 1,
         rate: Rate | None = None,
@@ -404,14 +413,23 @@ class Averaging(_Rounds):
         rejoin_within: float = 30.0,
         round_deadline: float | None = None,
     ) -> None:
-        """samples per client and round; servers by client, each entered at that client's cut.
+        """servers by client, each entered at that client's cut.
 
-        rate: None leaves clients and servers at that of their settings. states: where the clients
-        are; None asks them. rejoin_within: seconds that a lost client has to come back.
+        local_steps: batches of a pass; None: the client's whole shard. rate: None leaves clients
+        and servers at that of their settings. states: where the clients are; None asks them.
+        rejoin_within: seconds that a lost client has to come back.
         round_deadline: seconds that a round's passes may take.
         """
         super().__init__(
-            clients, samples, batch, aggregate, period, rate, states, rejoin_within, round_deadline
+            clients,
+            batch,
+            local_steps,
+            aggregate,
+            period,
+            rate,
+            states,
+            rejoin_within,
+            round_deadline,
         )
         self._servers = dict(servers)
 

@@ -18,6 +18,7 @@ from splitee.errors import Late, NotFinite
 from splitee.exits import entropy
 from splitee.ops import Array
 from splitee.server import Server
+from splitee.state import Place
 
 
 @dataclass(frozen=True)
@@ -143,30 +144,47 @@ def train_batch(client: Client, server: Server, batch: int) -> BatchDone:
     return BatchDone(client.name, batch, sent, stepped.loss, stepped.correct, loss)
 
 
+def batches(place: Place, batch: int, steps: int | None = None) -> list[int]:
+    """How many samples the batches of a pass have, for a client at that place.
+
+    steps: as many batches, over as many epochs as they take; None: what is left of the epoch, or
+    all of the next where one has ended. The last batch of an epoch may be smaller.
+    """
+    sizes: list[int] = []
+    used = place.position % place.samples
+    while steps is None or len(sizes) < steps:
+        sizes.append(min(batch, place.samples - used))
+        used = (used + sizes[-1]) % place.samples
+        if steps is None and used == 0:
+            break
+    return sizes
+
+
 def train_pass(
     client: Client,
     server: Server,
     number: int,
-    samples: int,
-    batch: int,
+    sizes: Sequence[int],
     emit: Callable[[Event], None],
 ) -> ClientDone:
-    """A client's whole pass of a round: its samples once, in batches; the last may be smaller.
+    """A client's whole pass of a round, in batches of those sizes.
 
     Raises LinkError when the client is lost, Late when its deadline comes first.
     """
     began = time.perf_counter()
     before = replace(client.traffic)
     exit_loss = server_loss = 0.0
-    correct = sent = 0
-    for start in range(0, samples, batch):
+    samples = sum(sizes)
+    correct = sent = trained = 0
+    for size in sizes:
         if client.deadline is not None and time.monotonic() >= client.deadline:
             raise Late(
-                f'client "{client.name}": {start} of {samples} samples were done at the deadline: '
-                "give it a smaller share or a shallower cut, or the round more time "
+                f'client "{client.name}": {trained} of {samples} samples were done at the '
+                "deadline: give it a smaller share or a shallower cut, or the round more time "
                 "(round_deadline)"
             )
-        done = train_batch(client, server, min(batch, samples - start))
+        done = train_batch(client, server, size)
+        trained += size
         exit_loss += done.exit_loss * done.samples
         server_loss += (done.server_loss or 0.0) * done.sent
         sent += done.sent

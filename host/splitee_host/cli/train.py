@@ -164,11 +164,15 @@ def _train(
     """Rounds from the first, then the test; a summary and the firmware's memory for each client."""
     from splitee.errors import LinkError
     from splitee.runs import ClientSummary
-    from splitee.train import RoundDone, evaluate, fit
+    from splitee.train import RoundDone, batches, evaluate, fit
     from splitee_host.screen import Screen
 
     clients = [entry.client for entry in launched]
-    samples = {m.name: len(m.images) for m in assembly.members}
+    fleet = assembly.fleet
+    passes_of = {
+        m.name: batches(m.state.place, fleet.batch, fleet.local_steps) for m in assembly.members
+    }
+    samples = {name: sum(sizes) for name, sizes in passes_of.items()}
     with Screen(console, clients, samples, assembly.fleet.rounds, first) as screen:
         for event in fit(strategy, assembly.fleet.rounds, first):
             screen.show(event)
