@@ -9,9 +9,10 @@ from typing import Any, Literal, Protocol, get_args
 
 from splitee import edge
 from splitee.data import Images
+from splitee.errors import FitError
 from splitee.graph import Graph
 from splitee.ops import Array
-from splitee.place import Build
+from splitee.place import Build, Room
 from splitee.place_int8 import Int8Build
 from splitee.quantize import quantize
 from splitee_exporters import library_int8, library_train, manifest
@@ -84,8 +85,15 @@ class Options:
     int8: bool = False  # ONNX: also in 8 bits; C: in 8 bits, to answer only
     tail: bool = False  # also the server's half, as ONNX
     train: bool = False  # ONNX: also what `splitee client --runtime onnx` trains by
-    board: str = ""  # whose memory an arena has to fit; "": any
-    ram: int = 0  # its bytes; 0: any
+    board: str = ""  # whose memory it has to fit; "": any
+    room: Room | None = None  # that memory; None: as much as a computer has
+
+    def check(self, shortage: Callable[[Room], str | None]) -> None:
+        """Raises FitError where shortage says that something is missing."""
+        if self.room and (missing := shortage(self.room)):
+            raise FitError(
+                f"the segment {missing} on {self.board}: cut earlier, or take a narrower network"
+            )
 
 
 def export(subject: Subject, format: Format, folder: Path, options: Options) -> list[File]:
@@ -107,11 +115,10 @@ def export(subject: Subject, format: Format, folder: Path, options: Options) -> 
     return files
 
 
-def _expected(subject: Subject) -> tuple[Array, dict[str, Array], float]:
-    """Images, what they are answered exactly, and how far a file may be off from that."""
+def _expected(subject: Subject) -> tuple[Array, dict[str, Array]]:
+    """Images, and what they are answered exactly."""
     images = subject.samples.x[:CHECKED]
-    exact, rounded = subject.answers(images, exact=True), subject.answers(images)
-    return images, exact, _allowed(exact, rounded)
+    return images, subject.answers(images, exact=True)
 
 
 def _allowed(exact: Mapping[str, Array], rounded: Mapping[str, Array]) -> float:
@@ -130,7 +137,8 @@ def _learnt(subject: Subject) -> tuple[dict[str, Array], float]:
 def _onnx(subject: Subject, options: Options) -> tuple[list[File], Mapping[str, bytes]]:
     from splitee_exporters import onnx
 
-    images, expected, allowed = _expected(subject)
+    images, expected = _expected(subject)
+    allowed = _allowed(expected, subject.answers(images))
     exported = onnx.segment_to_onnx(subject.build)
     verified = onnx.verify(
         exported, images, expected, "PyTorch", batches=BATCHES, tolerance=allowed
@@ -146,7 +154,7 @@ def _onnx(subject: Subject, options: Options) -> tuple[list[File], Mapping[str, 
             expected,
             "PyTorch",
             batches=BATCHES,
-            tolerance=onnx_int8.TOLERANCE,
+            tolerance=manifest.INT8_TOLERANCE,
             measure=manifest.MEAN_SQUARE,
         )
         files.append(small.file(verified))
@@ -164,10 +172,10 @@ def _training(subject: Subject) -> tuple[File, Mapping[str, bytes]]:
     variant = edge.variant(build, subject.cut_name, upto=subject.upto)
     batch = subject.samples[: build.capacity]
     learnt, allowed = _learnt(subject)
-    verified = onnx_train.verify(
-        build, variant, batch, learnt, subject.learning_rate, "PyTorch", tolerance=allowed
-    )
     made = dict(onnx_train.client_files(build))
+    verified = onnx_train.verify(
+        made, variant, batch, learnt, subject.learning_rate, "PyTorch", tolerance=allowed
+    )
     interface = {
         "opset": onnx.OPSET,
         "trains": True,
@@ -194,11 +202,11 @@ def _tail(subject: Subject) -> File:
 def _tflite(subject: Subject, options: Options) -> tuple[list[File], Mapping[str, bytes]]:
     from splitee_exporters import tflite, tflite_run
 
-    images, expected, _ = _expected(subject)
+    images, expected = _expected(subject)
     exported = tflite.segment_to_tflite(subject.build, subject.calibration.x)
     verified, arena = tflite_run.verify(exported, images, expected, "PyTorch")
-    if arena and options.ram:
-        arena.check(exported.name, options.board, options.ram)
+    if arena and options.room:
+        arena.check(exported.name, options.board, options.room.ram)
     return [exported.file(subject.build, verified, arena)], {}
 
 
@@ -208,17 +216,20 @@ def _c(subject: Subject, options: Options) -> tuple[list[File], Mapping[str, byt
 
 
 def _c_int8(subject: Subject, options: Options) -> tuple[File, Mapping[str, bytes]]:
-    images, expected, _ = _expected(subject)
+    images, expected = _expected(subject)
     build = subject.build
     graph = quantize(build.graph, subject.calibration.x, build.scale, build.shift)
     build8 = Int8Build(graph, subject.cut_name)
+    options.check(build8.shortage)
     made = library_int8.to_library(build8, options.firmware, subject.samples)
     verified = library_int8.verify(made, images, expected, "PyTorch")
     return made.file(build, verified), made.files
 
 
 def _c_train(subject: Subject, options: Options) -> tuple[File, Mapping[str, bytes]]:
-    images, expected, allowed = _expected(subject)
+    options.check(subject.build.shortage)
+    images, expected = _expected(subject)
+    allowed = _allowed(expected, subject.answers(images))
     samples = subject.samples
     learnt, allowed_learning = _learnt(subject)
     made = library_train.to_library(subject.build, options.firmware, samples)

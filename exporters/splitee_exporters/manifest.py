@@ -23,6 +23,7 @@ FORMAT = 1
 LARGEST = "largest difference, as a share of the largest value"
 MEAN_SQUARE = "root mean square of the differences, as a share of that of the values"
 TOLERANCE = 1e-5  # of a float32 output
+INT8_TOLERANCE = 0.1  # of an output in 8 bits, by MEAN_SQUARE
 LEARNING_TOLERANCE = 1e-4  # of what a float32 weight learns, from PyTorch's float32
 CURES = {
     LARGEST: "it is not fit for use",
@@ -70,6 +71,16 @@ def error_of(found: Array, expected: Array, measure: str = LARGEST, floor: float
 
     whole, difference = max(size(wide), floor), size(found - wide)
     return difference / whole if whole else difference
+
+
+def hold(what: str, error: float, tolerance: float, against: str, measure: str = LARGEST) -> None:
+    """Raises ExportError where what a file answers is off by more than the tolerance."""
+    if not error <= tolerance:
+        kind = " (root mean square)" if measure == MEAN_SQUARE else ""
+        raise ExportError(
+            f"{what}: off by {error:.1e} from {against}{kind}, and {tolerance:.0e} is allowed: "
+            f"{CURES[measure]}"
+        )
 
 
 def learning_errors(found: Mapping[str, Array], learnt: Mapping[str, Array]) -> dict[str, float]:

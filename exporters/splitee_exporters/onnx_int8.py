@@ -25,7 +25,6 @@ from onnx import helper, shape_inference  # isort: skip
 from onnxruntime import quantization  # isort: skip
 
 BATCH = 32  # images that run at once to calibrate
-TOLERANCE = 0.1  # of a tensor's root mean square
 
 
 class _Images(quantization.CalibrationDataReader):  # type: ignore[misc]

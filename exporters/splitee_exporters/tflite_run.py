@@ -21,10 +21,9 @@ import numpy as np
 
 from splitee.errors import ExportError, MissingTool
 from splitee.ops import Array
-from splitee_exporters.manifest import CURES, MEAN_SQUARE, Verified, error_of
+from splitee_exporters.manifest import INT8_TOLERANCE, MEAN_SQUARE, Verified, error_of, hold
 from splitee_exporters.tflite import LOGITS, Arena, Exported, first_installed, read
 
-TOLERANCE = 0.1  # of a tensor's root mean square
 SPARE = 1 << 16  # bytes of TFLite Micro's arena beside planned tensors and tables of multipliers
 
 
@@ -89,7 +88,7 @@ def verify(
     expected: Mapping[str, Array],
     against: str,
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float = INT8_TOLERANCE,
 ) -> tuple[Verified, Arena | None]:
     """Runs the file on uint8 images, and compares every output with what is expected, in floats.
 
@@ -125,12 +124,7 @@ def verify(
             real = exported.graph.dequantize(tensor, answer[name])
             error = error_of(real, expected[name], MEAN_SQUARE)
             worst = max(worst, error)
-            if not error <= tolerance:
-                raise ExportError(
-                    f"{exported.name}.tflite: its {who}{name} are off by {error:.1e} from "
-                    f"{against} (root mean square), and {tolerance:.0e} is allowed: "
-                    f"{CURES[MEAN_SQUARE]}"
-                )
+            hold(f"{exported.name}.tflite: {who}{name}", error, tolerance, against, MEAN_SQUARE)
     same = own[LOGITS].argmax(1) == expected[LOGITS].argmax(1)
     verified = Verified(
         runtime=f"{runtime}, bit for bit; default kernels within {steps} steps of 256",

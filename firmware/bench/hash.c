@@ -3,12 +3,11 @@
 //
 // splitee_host/bench.py builds it around a port, runs it where virtual time counts instructions,
 // and reads the lines: name bytes microseconds, times REPEATS; "end" is the last line.
+#include "bench/shapes.h"     // repeats
 #include "bench/text.h"       // words and numbers
 #include "core/port.h"        // clock and link
 #include "protocol/blake2s.h" // what is measured
 #include "protocol/seal.h"    // and what it is compared with
-
-#define REPEATS 8 // as in kernels.c
 
 static uint8_t message[1400];
 static uint32_t checksum;

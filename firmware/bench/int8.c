@@ -7,14 +7,11 @@
 // in microseconds times REPEATS; "end" is the last line.
 #include <string.h>
 
+#include "bench/shapes.h" // layers and repeats
 #include "bench/text.h"   // words and numbers
 #include "core/port.h"    // clock and link
 #include "kernels/int8.h" // what is measured
 
-#define REPEATS 8 // a microsecond is 16 instructions: eight times that is finer than two
-
-#define MAPS 16384 // bytes of the largest tensor below
-#define WEIGHTS 9216
 #define CHANNELS 64
 
 static int8_t x[MAPS], y[MAPS], w[WEIGHTS], shift[CHANNELS];
@@ -94,22 +91,10 @@ static void report(const struct layer *l) {
     port_flush();
 }
 
-// A square layer whose padding keeps the size at stride 1.
-#define WINDOW(in, out, size, k, s)                                                                \
-    {                                                                                              \
-        (in), (size), (size), (out), (size) / (s), (size) / (s), (k), (k), (s), (s), (k) / 2,      \
-            (k) / 2                                                                                \
-    }
 #define CONV2D(in, out, size, k, s, name)                                                          \
-    {                                                                                              \
-        "conv2d", name, (in) * (out) * (k) * (k) * ((size) / (s)) * ((size) / (s)),                \
-            WINDOW(in, out, size, k, s)                                                            \
-    }
+    { "conv2d", name, CONV2D_MACS(in, out, size, k, s), WINDOW(in, out, size, k, s) }
 #define DEPTHWISE(channels, size, s, name)                                                         \
-    {                                                                                              \
-        "depthwise", name, (channels)*9 * ((size) / (s)) * ((size) / (s)),                         \
-            WINDOW(channels, channels, size, 3, s)                                                 \
-    }
+    { "depthwise", name, DEPTHWISE_MACS(channels, size, s), WINDOW(channels, channels, size, 3, s) }
 #define LINEAR(in, out, name)                                                                      \
     { "linear", name, (in) * (out), WINDOW(in, out, 1, 1, 1) }
 

@@ -6,15 +6,11 @@
 // in microseconds times REPEATS; "end" is the last line.
 #include <string.h>
 
+#include "bench/shapes.h"      // layers and repeats
 #include "bench/text.h"        // words and numbers
 #include "core/port.h"         // clock and link
 #include "kernels/fast/fast.h" // what is measured
 #include "kernels/kernels.h"   // struct window
-
-#define REPEATS 8 // a microsecond is 16 instructions: eight times that is finer than two
-
-#define MAPS 16384 // floats of the largest tensor below
-#define WEIGHTS 9216
 
 static float x[MAPS], dx[MAPS], y[MAPS], dy[MAPS];
 static float w[WEIGHTS], dw[WEIGHTS], b[256], db[256], mean[256], rstd[256];
@@ -133,20 +129,14 @@ static void report(const struct layer *l) {
     port_flush();
 }
 
-// A square layer whose padding keeps the size at stride 1.
-#define WINDOW(in, out, size, k, s)                                                                \
-    {                                                                                              \
-        (in), (size), (size), (out), (size) / (s), (size) / (s), (k), (k), (s), (s), (k) / 2,      \
-            (k) / 2                                                                                \
-    }
 #define CONV2D(in, out, size, k, s, name)                                                          \
     {                                                                                              \
-        "conv2d", name, (in) * (out) * (k) * (k) * ((size) / (s)) * ((size) / (s)),                \
-            WINDOW(in, out, size, k, s), (in) * (out) * (k) * (k), 0                               \
+        "conv2d", name, CONV2D_MACS(in, out, size, k, s), WINDOW(in, out, size, k, s),             \
+            (in) * (out) * (k) * (k), 0                                                            \
     }
 #define DEPTHWISE(channels, size, s, name)                                                         \
     {                                                                                              \
-        "depthwise", name, (channels)*9 * ((size) / (s)) * ((size) / (s)),                         \
+        "depthwise", name, DEPTHWISE_MACS(channels, size, s),                                      \
             WINDOW(channels, channels, size, 3, s), (channels)*9, 0                                \
     }
 #define LINEAR(in, out, name)                                                                      \

@@ -23,7 +23,7 @@ from splitee.exits import Exit
 from splitee.model import Network, Segment
 from splitee.ops import Array
 from splitee.place import Build
-from splitee.steps import Levers
+from splitee.steps import NO_LEVERS, Levers
 from splitee_exporters import library, manifest
 from splitee_exporters.library_train import Library, to_library, verify
 from splitee_host.boards import firmware_root
@@ -49,7 +49,7 @@ class Case:
 
 
 @cache
-def case(kind: str, levers: Levers = Levers(), capacity: int = 8) -> Case:  # noqa: B008
+def case(kind: str, levers: Levers = NO_LEVERS, capacity: int = 8) -> Case:
     """The digits' network of that kind up to its second cut."""
     torch.manual_seed(3)
     make = {
@@ -108,7 +108,7 @@ def test_a_planted_fault_is_named(old: str, new: str, tensor: str) -> None:
     call = re.search(rf"^ +{old}\(.*;$", text, re.MULTILINE)
     assert call
     spoilt = {**made.files, "src/segment.c": text.replace(call.group(), "").encode()}
-    with pytest.raises(ExportError, match=f"^src/segment.c: {tensor} is off by"):
+    with pytest.raises(ExportError, match=f"^src/segment.c: {tensor}: off by"):
         case("group").verify(replace(made, files=spoilt))
 
 

@@ -77,7 +77,7 @@ def test_answers_far_from_pytorchs_are_refused() -> None:
     images = the.samples.x[:8]
     expected = the.answers(images)
     wrong = {**expected, "logits": -expected["logits"]}
-    with pytest.raises(ExportError, match=r"its logits are off by 2\.0e\+00 from PyTorch"):
+    with pytest.raises(ExportError, match=r"logits: off by 2\.0e\+00 from PyTorch"):
         verify(made, images, wrong, "PyTorch")
 
 

@@ -275,7 +275,7 @@ def test_an_output_that_is_off_is_an_error_that_names_it(output: str, wrong: flo
     place = np.unravel_index(np.abs(expected[output]).argmax(), expected[output].shape)
     expected[output] = expected[output].copy()
     expected[output][place] *= wrong
-    with pytest.raises(ExportError, match=rf"^segment\.onnx: its {output} are off by .* PyTorch"):
+    with pytest.raises(ExportError, match=rf"^segment\.onnx: {output}: off by .* PyTorch"):
         verify(segment_to_onnx(the.build), images, expected, "PyTorch")
 
 

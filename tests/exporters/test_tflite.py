@@ -189,7 +189,7 @@ def test_default_kernels_that_answer_something_else_are_seen(
         return found if reference else {n: np.maximum(v, 0) for n, v in found.items()}
 
     monkeypatch.setattr(tflite_run, "litert", spoilt)
-    with pytest.raises(ExportError, match=r"tflite: its default kernels' activations are off by"):
+    with pytest.raises(ExportError, match=r"tflite: default kernels' activations: off by"):
         verify(the.exported, the.images, the.expected, "PyTorch")
 
 
@@ -480,7 +480,7 @@ def test_a_plan_in_which_tensors_overlap_is_seen_in_micro(monkeypatch: pytest.Mo
 def test_an_output_that_is_off_is_an_error_that_names_it(output: str, wrong: float) -> None:
     the = case("resnet8", "layer1")
     expected = {**the.expected, output: the.expected[output] * wrong}
-    with pytest.raises(ExportError, match=rf"^segment-int8\.tflite: its {output} are off by"):
+    with pytest.raises(ExportError, match=rf"^segment-int8\.tflite: {output}: off by"):
         verify(the.exported, the.images, expected, "PyTorch")
 
 

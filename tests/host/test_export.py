@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -217,6 +218,16 @@ def test_what_does_not_fit_its_board_is_refused() -> None:
                    "--board", "qemu-m4")  # fmt: skip
     assert "segment-int8.tflite needs an arena of" in said
     assert "qemu-m4 has 256 KB of RAM: cut earlier, or take a narrower network" in said
+
+
+@pytest.mark.parametrize("bits", [(), ("--int8",)], ids=["float32", "int8"])
+def test_c_that_does_not_fit_its_board_is_refused(bits: tuple[str, ...]) -> None:
+    said = refused("--model", "resnet8", "--width", "200", "--cut", "layer1", "--format", "c",
+                   "--board", "qemu-m4", *bits)  # fmt: skip
+    assert re.search(
+        r"the segment needs [\d.]+ \w+ of (RAM|flash), .* on qemu-m4: cut earlier", said
+    )
+    assert not Path("exported").exists()
 
 
 def test_a_network_with_fresh_weights_needs_no_fleet() -> None:

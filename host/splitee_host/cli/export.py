@@ -127,7 +127,7 @@ def export(
             tail=chosen == "onnx" if tail is None else tail,
             train=name == "python" if train is None else train,
             board=name,
-            ram=known[name].ram_bytes if name else 0,
+            room=known[name].for_assembly.room if name else None,
         )
         files = write(made, chosen, folder, options)
         place = {"client": made.name, "cut": made.cut_name, "folder": str(folder)}
