@@ -17,7 +17,15 @@ from rich.text import Text
 from splitee.client import Client
 from splitee.place import kib
 from splitee.runs import ClientSummary
-from splitee.train import BatchDone, ClientBack, ClientDone, ClientLost, Event, RoundDone
+from splitee.train import (
+    BatchDone,
+    ClientBack,
+    ClientDone,
+    ClientLost,
+    Event,
+    RoundDone,
+    RoundFailed,
+)
 from splitee_host.memory import Usage
 
 
@@ -94,6 +102,10 @@ class Screen:
             if event.missing:
                 without = f"round {event.round} is complete without {', '.join(event.missing)}"
                 self._console.print(Text(without, "yellow"))
+            return
+        if isinstance(event, RoundFailed):
+            of = f"{len(event.clients)} of the {event.needed} clients that it takes completed it"
+            self._console.print(Text(f"round {event.round} does not count: {of}", "red"))
             return
         line = self._lines[event.client]
         match event:

@@ -24,7 +24,7 @@ from splitee.assemble import Assembly
 from splitee.client import State
 from splitee.errors import LinkError, Mismatch, SpliteeError, Timeout
 from splitee.fleet import parse
-from splitee.strategies import Averaging, Sequential
+from splitee.strategies import Strategy
 from splitee.train import BatchDone, ClientBack, ClientDone, ClientLost, Event, RoundDone, fit
 from splitee_exporters.c import to_c
 from splitee_host import boards, goodput
@@ -330,7 +330,7 @@ cut = "layer2"
 @contextmanager
 def fleet(
     folder: Path, text: str, options: tuple[str, ...] = ()
-) -> Iterator[tuple[Launcher, Averaging | Sequential, list[Any]]]:
+) -> Iterator[tuple[Launcher, Strategy, list[Any]]]:
     """A fleet that is up."""
     known = boards.load_boards()
     assembly = Assembly(parse(text), lambda name: known[name].for_assembly)
@@ -347,7 +347,7 @@ def fleet(
         yield launcher, assembly.strategy([entry.client for entry in launched]), launched
 
 
-def run(strategy: Averaging | Sequential, rounds: int, on: Callable[[Event], None]) -> list[Event]:
+def run(strategy: Strategy, rounds: int, on: Callable[[Event], None]) -> list[Event]:
     events = []
     for event in fit(strategy, rounds):
         events.append(event)
@@ -355,7 +355,7 @@ def run(strategy: Averaging | Sequential, rounds: int, on: Callable[[Event], Non
     return events
 
 
-def outcome(strategy: Averaging | Sequential) -> dict[str, Any]:
+def outcome(strategy: Strategy) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, state in strategy.states.items():
         found |= {f"{name}/{k}": v for k, v in state.weights.items()}

@@ -12,7 +12,8 @@ from splitee.client import Client, LocalClient, Part, Place, Settings, State, St
 from splitee.data import Images
 from splitee.errors import LinkClosed, Timeout
 from splitee.ops import Array
-from splitee.strategies import Averaging, Rate, Sequential
+from splitee.rules import Rules
+from splitee.strategies import Averaging, Sequential, Strategy
 from splitee.train import ClientBack, ClientDone, ClientLost, Event, RoundDone, batches
 from toolkit.networks import arrays, local_client, random_images, resnet, server_for
 
@@ -44,42 +45,34 @@ def pass_of(client: LocalClient) -> list[int]:
 def averaging(
     members: Sequence[Client],
     *,
-    aggregate: str = "all",
-    local_steps: int | None = None,
-    period: int = 1,
-    rate: Rate | None = None,
     norm: str = "group",
     settings: Settings = SETTINGS,
-    round_deadline: float | None = None,
-) -> Averaging:
+    kind: type[Strategy] = Averaging,
+    **rules: Any,
+) -> Strategy:
     """Averaging over clients; each has a replica from the same weights."""
     servers = {c.name: server_for(resnet(norm=norm), [c.cut], settings) for c in members}
-    return Averaging(
-        members, servers, batch=BATCH, local_steps=local_steps, aggregate=aggregate, period=period,
-        rate=rate, states=states_of(members), round_deadline=round_deadline,
-    )  # fmt: skip
+    return kind(members, servers, rules_of(**rules), states=states_of(members))
 
 
 def sequential(
-    members: Sequence[Client],
-    *,
-    aggregate: str = "all",
-    local_steps: int | None = None,
-    period: int = 1,
-    rate: Rate | None = None,
-    norm: str = "group",
-    settings: Settings = SETTINGS,
-    round_deadline: float | None = None,
-) -> Sequential:
+    members: Sequence[Client], *, norm: str = "group", settings: Settings = SETTINGS, **rules: Any
+) -> Strategy:
     """Sequential over clients at one server."""
     server = server_for(resnet(norm=norm), [CUTS[c.name] for c in members], settings)
-    return Sequential(
-        members, server, batch=BATCH, local_steps=local_steps, aggregate=aggregate, period=period,
-        rate=rate, states=states_of(members), round_deadline=round_deadline,
-    )  # fmt: skip
+    servers = dict.fromkeys([c.name for c in members], server)
+    return Sequential(members, servers, rules_of(**rules), states=states_of(members))
 
 
-STRATEGIES: dict[str, Callable[..., Averaging | Sequential]] = {
+def rules_of(
+    *, aggregate: str = "all", rate: Callable[[int], float] | None = None, **rules: Any
+) -> Rules:
+    """Rules of those tests; rate: of clients and servers alike, by the round."""
+    of_round = None if rate is None else lambda number, _: rate(number)
+    return Rules(BATCH, aggregate=aggregate, rate=of_round, **rules)
+
+
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "averaging": averaging,
     "sequential": sequential,
 }
@@ -95,7 +88,7 @@ def ends(events: Sequence[Event]) -> dict[str, ClientDone]:
     return {e.client: e for e in events if isinstance(e, ClientDone)}
 
 
-def everything(strategy: Averaging | Sequential, states: Mapping[str, State]) -> dict[str, Array]:
+def everything(strategy: Strategy, states: Mapping[str, State]) -> dict[str, Array]:
     """All weights and momenta of clients and servers, by owner and name."""
     found: dict[str, Array] = {}
     for name, state in states.items():

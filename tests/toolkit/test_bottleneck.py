@@ -20,10 +20,11 @@ from splitee.data import draw_order
 from splitee.errors import FleetError, ModelError
 from splitee.exits import Exit
 from splitee.fleet import parse
+from splitee.means import cross_layer_mean
 from splitee.model import Network, Segment, Tail
 from splitee.runs import Run
 from splitee.server import Server
-from splitee.strategies import Averaging, Sequential, cross_layer_mean
+from splitee.strategies import Strategy
 from splitee.train import RoundDone, evaluate, fit, train_batch
 from toolkit.networks import (
     CLASSES,
@@ -257,7 +258,7 @@ def assembled(text: str) -> Assembly:
     return Assembly(parse(text), lambda board: Board(False, None))
 
 
-def begun(assembly: Assembly) -> Averaging | Sequential:
+def begun(assembly: Assembly) -> Strategy:
     """Its strategy, with clients that have their state."""
     clients = [assembly.local(m) for m in assembly.members]
     for client, member in zip(clients, assembly.members, strict=True):
@@ -266,7 +267,7 @@ def begun(assembly: Assembly) -> Averaging | Sequential:
 
 
 @cache
-def trained(strategy: str, period: int) -> Averaging | Sequential:
+def trained(strategy: str, period: int) -> Strategy:
     """The fleet behind its first round."""
     found = begun(assembled(THREE.format(strategy=strategy, period=period)))
     assert [e.round for e in fit(found, 1) if isinstance(e, RoundDone)] == [1]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splitee.strategies import Copy, cross_layer_mean
+from splitee.means import Copy, cross_layer_mean
 from toolkit.networks import arrays, unequal
 
 

@@ -73,8 +73,9 @@ cut = 3
 def test_a_good_file_says_what_it_says() -> None:
     fleet = parse(GOOD)
     assert fleet.model_dump() == {
-        "name": "two-tiers", "seed": 3, "rounds": 4, "batch": 8, "strategy": "sequential",
-        "gradient": "both", "exit_weight": 0.25, "aggregate": "all", "exits": "upto", "period": 2,
+        "name": "two-tiers", "seed": 3, "rounds": 4, "batch": 8, "local_steps": None,
+        "strategy": "sequential", "gradient": "both", "exit_weight": 0.25, "aggregate": "all",
+        "exits": "upto", "period": 2,
         "entropy": 0.4, "auth": "auto", "rejoin_within": 1.5,
         "round_deadline": 60.0,
         "model": {"name": "resnet20", "width": 8, "norm": "group", "batch_norm": "frozen"},

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
 from splitee.fleet import Fleet
-from splitee.strategies import Averaging, Sequential
+from splitee.strategies import Strategy
 from splitee.train import ClientLost, fit
 from toolkit.networks import unequal
 from toolkit.rounds import (
@@ -76,7 +76,7 @@ def test_step_is_torchs(every: int, factor: float) -> None:
     assert found == pytest.approx(in_torch(0.3, every=every, factor=factor), rel=1e-12)
 
 
-STRATEGIES: dict[str, Callable[..., Averaging | Sequential]] = {
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "averaging": averaging,
     "sequential": sequential,
 }

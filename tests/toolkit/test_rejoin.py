@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from splitee import train
+from splitee.attendance import REPLAYS
 from splitee.client import LocalClient, Settings, State, trunk_weights
 from splitee.errors import Late, LinkClosed, Mismatch
 from splitee.ops import Array
+from splitee.rules import Rules
 from splitee.server import Server
-from splitee.strategies import REPLAYS, Averaging, Sequential
+from splitee.strategies import Averaging, Strategy
 from splitee.train import BatchDone, ClientBack, ClientDone, ClientLost, Event, RoundDone, fit
 from toolkit.networks import arrays, resnet, server_for, unequal
 from toolkit.rounds import (
@@ -212,7 +214,7 @@ class Gone:
 
 def rounds_with_b_gone(
     kind: str, aggregate: str, first: int, last: int, rounds: int
-) -> tuple[Averaging | Sequential, list[list[Event]]]:
+) -> tuple[Strategy, list[list[Event]]]:
     """Rounds in which b is lost in one and comes back in a later one."""
     a, b, c = clients()
     gone = Gone(b, first, last)
@@ -258,7 +260,7 @@ def test_who_was_away_returns_with_the_last_means_and_its_own_momentum(aggregate
     for name in changed & set(others):
         assert np.array_equal(after.weights[name], others[name])
     seen: list[State] = []
-    b = strategy._everyone[1]
+    b = strategy._attendance.everyone[1]
     assert isinstance(b, Wrapped)
     rejoin = b.inner.rejoin
 
@@ -475,7 +477,7 @@ def test_a_lost_client_is_waited_for_to_the_deadline_at_most() -> None:
 def test_strategies_ask_clients_where_they_are_unless_they_are_told() -> None:
     members = clients()
     servers = {c.name: server_for(resnet(), [c.cut], SETTINGS) for c in members}
-    strategy = Averaging(members, servers, batch=BATCH)
+    strategy = Averaging(members, servers, Rules(BATCH))
     for name, state in states_of(members).items():
         assert unequal(strategy.states[name].weights, state.weights) == []
 
@@ -526,13 +528,15 @@ def test_a_round_that_is_given_up_does_not_go_on_behind_our_back(kind: str) -> N
         """Its second step waits until it is asked to end; the test would hang otherwise."""
 
         def __init__(self, client: LocalClient) -> None:
-            self.asked = threading.Event()
+            self.waits, self.asked = threading.Event(), threading.Event()
             super().__init__(client, self._wait)
 
         def _wait(self, method: str) -> None:
             if method == "step":
                 steps.append(method)
-                assert len(steps) == 1 or self.asked.wait(20)
+            if method == "step" and len(steps) > 1:
+                self.waits.set()
+                assert self.asked.wait(20)
 
         @property
         def deadline(self) -> float | None:
@@ -549,6 +553,7 @@ def test_a_round_that_is_given_up_does_not_go_on_behind_our_back(kind: str) -> N
     strategy = STRATEGIES[kind](members)
     going = strategy.round(1)
     assert isinstance(next(going), BatchDone)
+    assert member.waits.wait(20)
     going.close()  # type: ignore[attr-defined]
     assert member.asked.is_set()
     assert len(steps) == 2

@@ -19,7 +19,7 @@ from splitee.errors import LinkError, NotFinite, SpliteeError
 from splitee.norms import freeze
 from splitee.ops import Array
 from splitee.server import Server
-from splitee.strategies import Averaging, Sequential
+from splitee.strategies import Strategy
 from splitee.train import ClientDone, Event, RoundDone, train_batch
 from toolkit.networks import arrays, far, local_client, random_images, resnet, server_for, unequal
 from toolkit.rounds import averaging, clients, everything, last_states, sequential
@@ -240,7 +240,7 @@ def test_the_half_is_named_in_which_it_began(server_weight: float) -> None:
 
 # ---- rounds ----
 
-STRATEGIES: dict[str, Callable[..., Averaging | Sequential]] = {
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "averaging": averaging,
     "sequential": sequential,
 }

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ from splitee.norms import freeze
 from splitee.place import Build, Room, deepest_that_fits
 from splitee.server import Server
 from splitee.steps import Levers
-from splitee.strategies import Averaging, Sequential
+from splitee.strategies import Averaging, Sequential, Strategy
 
 FIRMWARE_CAPACITY = 8  # samples that firmware holds at once, where the fleet file does not say
 
@@ -374,7 +373,7 @@ class Assembly:
         device: str = "cpu",
         *,
         states: Mapping[str, State] | None = None,
-    ) -> Averaging | Sequential:
+    ) -> Strategy:
         """The fleet's strategy over clients (a subset of the fleet's, in its order).
 
         states: where they are, by name; None: where they start.
@@ -383,25 +382,17 @@ class Assembly:
             names = {c.name for c in clients}
             states = {m.name: m.state for m in self.members if m.name in names}
         fleet = self.fleet
-        how: dict[str, Any] = {
-            "batch": fleet.batch,
-            "local_steps": fleet.local_steps,
-            "aggregate": fleet.aggregate,
-            "period": fleet.period,
-            "rate": fleet.rate,
-            "states": states,
-            "rejoin_within": fleet.rejoin_within,
-            "round_deadline": fleet.round_deadline,
-        }
-        if fleet.strategy == "sequential":
+        kind = {"averaging": Averaging, "sequential": Sequential}[fleet.strategy]
+        if kind.shared:
             server = self._server(self.members, device, "the server")
-            return Sequential(clients, server, **how)
-        members = {m.name: m for m in self.members}
-        servers = {
-            c.name: self._server([members[c.name]], device, f'the server of client "{c.name}"')
-            for c in clients
-        }
-        return Averaging(clients, servers, **how)
+            servers = dict.fromkeys((c.name for c in clients), server)
+        else:
+            members = {m.name: m for m in self.members}
+            servers = {
+                c.name: self._server([members[c.name]], device, f'the server of client "{c.name}"')
+                for c in clients
+            }
+        return kind(clients, servers, fleet.rules, states=states)
 
     def _server(self, members: Sequence[Member], device: str, name: str) -> Server:
         model: nn.Module = copy.deepcopy(self._model)

@@ -9,7 +9,10 @@ SpliteeError
 ├── ExportError         an exported file does not compute what the network does
 ├── MissingTool         a program that is needed is not installed
 ├── CheckpointError     a run cannot be written or read
+├── KeyFileError        keys are missing, or cannot be read or written
 ├── NotFinite           a gradient or a loss is infinite or no number: the step was not taken
+├── StrategyError       a strategy of a user's own cannot be used
+├── TooFewClients       fewer clients than min_clients completed a round
 └── LinkError           a device cannot be reached
     ├── Timeout         no answer in time
     ├── Late            its pass of the round was not over at the deadline
@@ -19,6 +22,8 @@ SpliteeError
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class SpliteeError(Exception):
@@ -88,6 +93,22 @@ class NotFinite(SpliteeError):
     def in_round(self, round: int) -> NotFinite:
         """The same, which says when."""
         return NotFinite(self.owner, self.tensor, self.place, round, taken_back=self.taken_back)
+
+
+class StrategyError(SpliteeError):
+    """A strategy of a user's own cannot be used."""
+
+
+class TooFewClients(SpliteeError):
+    """Fewer clients than min_clients completed a round."""
+
+    def __init__(self, round: int, needed: int, away: Mapping[str, str]) -> None:
+        """needed: how many a round takes. away: who is, and why."""
+        reasons = "; ".join(away.values()) or "nobody is away"
+        super().__init__(
+            f"round {round}: fewer clients completed it than it takes (min_clients = {needed}), "
+            f"twice: {reasons}: when they are back, go on with the run (splitee train --resume)"
+        )
 
 
 class LinkError(SpliteeError):

@@ -17,6 +17,7 @@ from splitee.bottleneck import Bottleneck
 from splitee.client import Settings, trunk_weights
 from splitee.codec import Coding, Kind
 from splitee.errors import FleetError
+from splitee.rules import Rules
 from splitee.steps import Levers
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -150,6 +151,20 @@ class Fleet(_Table):
     def unsure(self, client: ClientTable) -> float | None:
         """The entropy above which a client sends samples; None: it sends all."""
         return self.entropy if client.send == "unsure" else None
+
+    @property
+    def rules(self) -> Rules:
+        """How its rounds go."""
+        return Rules(
+            batch=self.batch,
+            local_steps=self.local_steps,
+            aggregate=self.aggregate,
+            period=self.period,
+            rate=lambda number, _: self.rate(number),
+            rejoin_within=self.rejoin_within,
+            round_deadline=self.round_deadline,
+            seed=self.seed,
+        )
 
     def rate(self, number: int) -> float:
         """The learning rate of a round, the first of which has the number 1."""

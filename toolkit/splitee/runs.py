@@ -23,7 +23,15 @@ from splitee.client import Place, State
 from splitee.errors import CheckpointError
 from splitee.ops import Array
 from splitee.server import Server
-from splitee.train import BatchDone, ClientBack, ClientDone, ClientLost, Event, RoundDone
+from splitee.train import (
+    BatchDone,
+    ClientBack,
+    ClientDone,
+    ClientLost,
+    Event,
+    RoundDone,
+    RoundFailed,
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,10 @@ class Run:
             record |= {k: v for k, v in vars(event).items() if k != "state"}
         else:
             record |= {"round": event.round, "clients": sorted(event.clients)}
-            if event.missing:
+            if isinstance(event, RoundFailed):
+                record["needed"] = event.needed
+                self._round = [r for r in self._round if r["event"] != "ClientDone"]  # undone
+            elif event.missing:
                 record["missing"] = dict(event.missing)
         record["at_seconds"] = round(time.perf_counter() - self._began, 3)
         self._round.append(record)

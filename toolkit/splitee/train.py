@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -78,26 +78,33 @@ class RoundDone:
 
     round: int
     states: dict[str, State]  # of every client: what it holds now, or will when it is back
-    missing: Mapping[str, str] = field(default_factory=dict)  # who took no part, and why
+    missing: Mapping[str, str] = field(default_factory=dict)  # who was drawn in vain, and why
+    idle: Set[str] = frozenset()  # who was not drawn
 
     @property
     def clients(self) -> list[str]:
         """Those whose passes count."""
-        return [name for name in self.states if name not in self.missing]
+        return [n for n in self.states if n not in self.missing and n not in self.idle]
 
 
-Event = BatchDone | ClientDone | ClientLost | ClientBack | RoundDone
+@dataclass(frozen=True)
+class RoundFailed:
+    """A round that too few clients completed: it is undone."""
+
+    round: int
+    clients: list[str]  # those that did
+    needed: int
 
 
-class Strategy(Protocol):
-    """How clients and server learn together."""
+Event = BatchDone | ClientDone | ClientLost | ClientBack | RoundDone | RoundFailed
+
+
+class Rounds(Protocol):
+    """What ``fit`` needs of a strategy."""
 
     @property
     def clients(self) -> Sequence[Client]:
         """Those that are not away, in the fleet file's order."""
-
-    def server(self, client: str) -> Server:
-        """The server network that completes this client's."""
 
     def round(self, number: int) -> Iterator[Event]:
         """One round; ends with a RoundDone, unless every client was lost in it."""
@@ -207,7 +214,7 @@ def train_pass(
     )
 
 
-def fit(strategy: Strategy, rounds: int, first: int = 1) -> Iterator[Event]:
+def fit(strategy: Rounds, rounds: int, first: int = 1) -> Iterator[Event]:
     """Trains for rounds first..rounds, or until every client is lost."""
     for number in range(first, rounds + 1):
         yield from strategy.round(number)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from splitee.assemble import Assembly
     from splitee.runs import Checkpoint, ClientSummary, Run
-    from splitee.strategies import Averaging, Sequential
+    from splitee.strategies import Strategy
     from splitee_host.launch import Launched
     from splitee_host.memory import Usage
 
@@ -137,7 +137,7 @@ def _unfinished(run: Run) -> str | None:
 
 def _strategy(
     assembly: Assembly, launched: list[Launched], checkpoint: Checkpoint | None
-) -> Averaging | Sequential:
+) -> Strategy:
     """The fleet's strategy; where there is a checkpoint, all clients and servers are at it."""
     from splitee.runs import check
     from splitee_host.launch import torch_device
@@ -158,7 +158,7 @@ def _train(
     assembly: Assembly,
     run: Run,
     launched: list[Launched],
-    strategy: Averaging | Sequential,
+    strategy: Strategy,
     first: int,
 ) -> tuple[list[ClientSummary], list[Usage]]:
     """Rounds from the first, then the test; a summary and the firmware's memory for each client."""
@@ -191,6 +191,7 @@ def _train(
         up = sum(r["activations_up"] for r in mine) / trained
         if member.name not in lost:
             try:
+                strategy.update(client)
                 answers = evaluate(client, strategy.server(member.name), assembly.dataset.test)
                 usage = entry.usage()
             except LinkError as error:
