@@ -63,7 +63,7 @@ def instructions(board: Board, cut: str, folder: Path) -> dict[str, int]:
     member = Assembly(fleet, lambda name: look_up(known, name).for_assembly).member("board")
     firmware = build_firmware(member.build, board, to_c, folder)
     with start(board, firmware, COUNTED) as running:
-        device = Device("board", running.link, member.build, fleet.settings)
+        device = Device("board", running.link, member.build, fleet.settings(member.table))
         return _counted(device, member)
 
 

@@ -13,13 +13,14 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from typer.main import get_group
 
 from host_harness import splitee
 from splitee.assemble_int8 import of_model
 from splitee.codec import KINDS
 from splitee.data import Images
-from splitee.fleet import Fleet, OptimizerTable
+from splitee.fleet import BuiltIn, Fleet, OptimizerTable
 from splitee.steps import Levers
 from splitee_exporters.c import to_c
 from splitee_host import boards
@@ -65,6 +66,44 @@ def test_the_fleet_file_of_the_readme_trains_and_leaves_what_it_says(
     assert {p.name for p in Path("runs/two-clients").iterdir()} == promised
 
 
+OWN = """\
+name = "own"
+rounds = 1
+aggregate = "all"
+strategy = "{strategy}"
+period = {period}
+[model]
+width = 4
+norm = "group"
+[data]
+samples = 48
+""" + "".join(f'[[client]]\nname = "{n}"\ncut = "stem"\n' for n in "abc")
+
+
+def test_the_strategy_of_the_readme_takes_medians(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert example.count("\n") < 30
+    Path("median.py").write_text(example)
+    trained = {}
+    for strategy, period in (("median:Median", 1), ("averaging", 2)):  # of one round: no means
+        Path("own.toml").write_text(OWN.format(strategy=strategy, period=period))
+        said = splitee("train", "own.toml")
+        assert (said.code, said.err) == (0, "")
+        trained[strategy] = load_file("runs/own/checkpoint.safetensors")
+    apart, together = trained["averaging"], trained["median:Median"]
+    layers = [n.split("/", 2)[2] for n in apart if n.startswith("client/a/")]
+    layers += [n.split("/", 2)[2] for n in apart if n.startswith("server/server.a/")]
+    assert {"stem.0.weight", "fc.weight"} <= set(layers)
+    for layer in layers:
+        names = [n for n in apart if n.endswith(f"/{layer}") and "momentum" not in n]
+        assert len(names) == 3
+        median = np.sort([apart[n] for n in names], axis=0)[1]
+        assert all(np.array_equal(together[n], median) for n in names)
+
+
 def test_the_commands_of_the_readme_are_those_of_the_help() -> None:
     listed = [code(cells[0])[0].split() for cells in rows(section(README, "Commands"))]
     helped = re.findall(r"^. ([a-z]+) {2,}\w", splitee("--help").out, re.MULTILINE)
@@ -85,13 +124,14 @@ SETTINGS = {code(c[0])[0]: c[1] for c in rows(section(README, "A fleet file"))}
 def test_the_readme_has_all_values_and_the_default_first_of(name: str) -> None:
     outside = re.sub(r"\([^()]*\)", "", SETTINGS[name])
     field = Fleet.model_fields[name]
-    assert code(outside) == list(get_args(field.annotation))
+    values = BuiltIn if name == "strategy" else field.annotation
+    assert code(outside) == list(get_args(values))
     assert code(outside)[0] == field.default
 
 
 def test_the_readme_has_every_setting_that_is_a_choice() -> None:
     choices = [n for n, f in Fleet.model_fields.items() if "Literal" in str(f.annotation)]
-    assert list(SETTINGS) == choices
+    assert list(SETTINGS) == ["strategy", *choices]
 
 
 def test_the_readme_names_every_setting_of_the_optimizer() -> None:

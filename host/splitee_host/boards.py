@@ -127,7 +127,7 @@ class Board:
         from splitee.place import Room
 
         if not self.firmware:
-            return assemble.Board(firmware=False, room=None)
+            return assemble.Board(firmware=False, room=None, here=self.port == "torch")
         room = Room(
             ram=self.ram_bytes or sys.maxsize,
             flash=self.flash_bytes or sys.maxsize,

@@ -204,7 +204,7 @@ class Launcher:
             member.name,
             link,
             member.build,
-            fleet.settings,
+            fleet.settings(member.table),
             coding=member.table.coding,
             unsure=fleet.unsure(member.table),
             cut=member.cut.name,

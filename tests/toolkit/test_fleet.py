@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from splitee.bottleneck import Bottleneck
 from splitee.client import Settings
 from splitee.codec import PLAIN, Coding
 from splitee.fleet import Fleet, parse, read
+from splitee.rules import Rules
+from splitee.state import AdamW
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.toml"
 
@@ -25,6 +28,8 @@ period = 2
 entropy = 0.4
 rejoin_within = 1.5
 round_deadline = 60
+participation = 0.75
+min_clients = 2
 
 [model]
 name = "resnet20"
@@ -36,7 +41,14 @@ batch_norm = "frozen"
 name = "digits"
 
 [optimizer]
+kind = "adamw"
 learning_rate = 0.1
+server_rate = 0.3
+warmup = 2
+server_warmup = 0
+beta1 = 0.8
+beta2 = 0.99
+eps = 1e-6
 schedule = "step"
 step_every = 3
 step_factor = 0.5
@@ -57,6 +69,9 @@ recompute = 0.75
 fused_update = true
 local_only = true
 share = 0.5
+exit_weight = 0.125
+optimizer = "sgd"
+learning_rate = 0.02
 bottleneck = 3
 bottleneck_stride = 2
 send = "unsure"
@@ -67,6 +82,7 @@ top_k = 0.25
 [[client]]
 name = "edge"
 cut = 3
+gradient = "server"
 """
 
 
@@ -77,22 +93,26 @@ def test_a_good_file_says_what_it_says() -> None:
         "strategy": "sequential", "gradient": "both", "exit_weight": 0.25, "aggregate": "all",
         "exits": "upto", "period": 2,
         "entropy": 0.4, "auth": "auto", "rejoin_within": 1.5,
-        "round_deadline": 60.0,
+        "round_deadline": 60.0, "participation": 0.75, "min_clients": 2,
         "model": {"name": "resnet20", "width": 8, "norm": "group", "batch_norm": "frozen"},
         "data": {"name": "digits", "samples": None},
         "optimizer": {
-            "learning_rate": 0.1, "schedule": "step", "step_every": 3, "step_factor": 0.5,
+            "kind": "adamw", "learning_rate": 0.1, "server_rate": 0.3, "warmup": 2,
+            "server_warmup": 0, "beta1": 0.8, "beta2": 0.99, "eps": 1e-6,
+            "schedule": "step", "step_every": 3, "step_factor": 0.5,
             "momentum": 0.0, "weight_decay": 1e-4, "clip": 2.0,
         },
         "client": [
             {"name": "board", "board": "qemu-m4", "link": "serial:/dev/ttyACM0", "cut": "layer1",
              "deepest": "layer3", "capacity": 2, "relu_bits": True, "float16": True,
              "recompute": 0.75, "fused_update": True, "local_only": True, "share": 0.5,
+             "gradient": None, "exit_weight": 0.125, "optimizer": "sgd", "learning_rate": 0.02,
              "bottleneck": 3, "bottleneck_stride": 2, "send": "unsure",
              "codec": "top-k", "gradient_codec": "int8", "top_k": 0.25},
             {"name": "edge", "board": "torch", "link": None, "cut": 3, "deepest": None,
              "capacity": None, "relu_bits": False, "float16": False, "recompute": 0.0,
              "fused_update": False, "local_only": False, "share": 1.0,
+             "gradient": "server", "exit_weight": None, "optimizer": None, "learning_rate": None,
              "bottleneck": None, "bottleneck_stride": 1, "send": "all",
              "codec": "float32", "gradient_codec": "float32", "top_k": 0.1},
         ],
@@ -100,9 +120,16 @@ def test_a_good_file_says_what_it_says() -> None:
     assert [c.coding for c in fleet.client] == [Coding("top-k", "int8", 0.25), PLAIN]
     assert [c.narrowing for c in fleet.client] == [Bottleneck(3, 2), None]
     assert [fleet.unsure(c) for c in fleet.client] == [0.4, None]
-    assert fleet.settings == Settings(
-        0.1, 0.0, 1e-4, exit_weight=0.25, server_weight=0.75, clip=2.0
+    board = Settings(0.02, 0.0, 1e-4, exit_weight=0.125, server_weight=0.875, clip=2.0)
+    edge = Settings(0.1, 0.0, 1e-4, 0.0, 1.0, clip=2.0, adamw=AdamW(0.8, 0.99, 1e-6))
+    assert [fleet.settings(c) for c in fleet.client] == [board, edge]
+    assert fleet.server_settings == replace(
+        edge, learning_rate=0.3, exit_weight=1.0, server_weight=0.0
     )
+    assert fleet.rules == Rules(
+        8, None, "all", 2, fleet.rate, rejoin_within=1.5, round_deadline=60.0, participation=0.75,
+        min_clients=2, seed=3,
+    )  # fmt: skip
 
 
 def test_a_name_and_a_client_are_enough() -> None:
@@ -112,7 +139,8 @@ def test_a_name_and_a_client_are_enough() -> None:
         "averaging", "local", "server", "own",
     )  # fmt: skip
     assert fleet.client[0].cut == "auto"
-    assert fleet.settings == Settings(0.05, 0.9, 0.0, exit_weight=1.0, server_weight=0.0)
+    least = Settings(0.05, 0.9, 0.0, exit_weight=1.0, server_weight=0.0)
+    assert fleet.settings(fleet.client[0]) == fleet.server_settings == least
 
 
 def test_the_demo_can_be_read() -> None:

@@ -11,14 +11,16 @@ from splitee.fleet import read
 
 CLIENT = '[[client]]\nname = "one"\n'
 KEYS = {
-    "": "name, seed, rounds, batch, strategy, gradient, exit_weight, aggregate, exits, period, "
-    "entropy, auth, rejoin_within, round_deadline, model, data, optimizer, client",
+    "": "name, seed, rounds, batch, local_steps, strategy, gradient, exit_weight, aggregate, "
+    "exits, period, entropy, participation, min_clients, auth, rejoin_within, round_deadline, "
+    "model, data, optimizer, client",
     "model": "name, width, norm, batch_norm",
     "data": "name, samples",
-    "optimizer": "learning_rate, schedule, step_every, step_factor, momentum, weight_decay, clip",
+    "optimizer": "kind, learning_rate, server_rate, warmup, server_warmup, schedule, step_every, "
+    "step_factor, momentum, beta1, beta2, eps, weight_decay, clip",
     "client": "name, board, link, cut, deepest, capacity, relu_bits, float16, recompute, "
-    "fused_update, local_only, share, bottleneck, bottleneck_stride, send, codec, gradient_codec, "
-    "top_k",
+    "fused_update, local_only, share, gradient, exit_weight, optimizer, learning_rate, bottleneck, "
+    "bottleneck_stride, send, codec, gradient_codec, top_k",
 }
 
 BAD = {
@@ -84,7 +86,24 @@ BAD = {
     # out of range
     "none-of-the-choices": (
         f'name = "x"\nstrategy = "average"\n{CLIENT}',
-        ["2: strategy: Input should be 'averaging' or 'sequential', not 'average'"],
+        [
+            "2: strategy: Input should be 'averaging', 'sequential' or a class as 'module:Class', "
+            "not 'average'"
+        ],
+    ),
+    "more-than-are-drawn": (
+        f'name = "x"\nmin_clients = 2\nparticipation = 0.5\n{CLIENT}[[client]]\nname = "two"\n',
+        [
+            "2: min_clients: 2, but 1 of 2 clients are drawn for a round: take a larger "
+            "participation, or fewer here"
+        ],
+    ),
+    "no-optimizer-of-that-name": (
+        f'name = "x"\n{CLIENT}optimizer = "adam"\n[optimizer]\nkind = "lion"\n',
+        [
+            "6: optimizer.kind: Input should be 'sgd' or 'adamw', not 'lion'",
+            "4: client[0].optimizer: Input should be 'sgd' or 'adamw', not 'adam'",
+        ],
     ),
     "no-such-codec": (
         f'name = "x"\n{CLIENT}codec = "int9"\n',

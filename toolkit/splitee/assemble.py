@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from splitee import data, zoo
+from splitee import data, strategies, zoo
 from splitee.bottleneck import Mirror
 from splitee.capture import capture
 from splitee.client import Client, LocalClient, Place, State
@@ -25,7 +25,7 @@ from splitee.norms import freeze
 from splitee.place import Build, Room, deepest_that_fits
 from splitee.server import Server
 from splitee.steps import Levers
-from splitee.strategies import Averaging, Sequential, Strategy
+from splitee.strategies import Strategy
 
 FIRMWARE_CAPACITY = 8  # samples that firmware holds at once, where the fleet file does not say
 
@@ -36,6 +36,7 @@ class Board:
 
     firmware: bool  # runs the C firmware, and so a segment that is built in
     room: Room | None  # None: as much as a computer has
+    here: bool = True  # its client computes in the host's process
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,9 @@ class Assembly:
              "clipping needs all gradients before any weight learns: take no clip"),
             (levers.fused_update and self.capacity(table) < fleet.batch, ["fused_update"],
              f"a batch has to be one part: take capacity = {fleet.batch}"),
-            (levers.local_only and fleet.gradient != "local", ["local_only"],
-             f'the server\'s gradient has no room with it, and gradient = "{fleet.gradient}"'),
+            (levers.local_only and fleet.settings(table).wants_gradient, ["local_only"],
+             "the server's gradient has no room with it, and gradient = "
+             f'"{table.gradient or fleet.gradient}"'),
             (levers.local_only and table.deepest is not None, ["local_only"],
              "a cut that moves needs the gradient's room: leave out deepest"),
         ]  # fmt: skip
@@ -269,6 +271,7 @@ class Assembly:
         than its board; the message names the cut that fits.
         """
         (table,) = (c for c in self.fleet.client if c.name == name)
+        self._check_optimizer(table)
         self._check_sending(table)
         cut, deepest = self.choose(table)
         moves = table.deepest is not None
@@ -286,6 +289,20 @@ class Assembly:
         upto = not moves or self.fleet.exits == "upto"
         return Member(table, cut, upto, segment, build, self._shards[name], self._seed(name))
 
+    def _check_optimizer(self, table: ClientTable) -> None:
+        """Raises FleetError where a client cannot learn by the optimiser that it has."""
+        kind, fleet = table.optimizer or self.fleet.optimizer.kind, self.fleet.optimizer
+        if kind == "adamw" and not self.boards[table.name].here:
+            raise FleetError(
+                f'client "{table.name}": optimizer = "adamw": clients behind a link learn by SGD '
+                'alone: give this one optimizer = "sgd" and a learning_rate'
+            )
+        if kind != fleet.kind and table.learning_rate is None:
+            raise FleetError(
+                f'client "{table.name}": optimizer = "{kind}": the fleet\'s learning_rate is for '
+                f'"{fleet.kind}": give this client one of its own'
+            )
+
     def _check_sending(self, table: ClientTable) -> None:
         """Raises FleetError where a client cannot send less in the way that its table says."""
         batch, name = self.fleet.batch, f'client "{table.name}"'
@@ -300,9 +317,10 @@ class Assembly:
                 "one of them out"
             )
         parts = self.capacity(table) < batch
-        if table.send == "unsure" and self.fleet.settings.wants_gradient and parts:
+        if table.send == "unsure" and self.fleet.settings(table).wants_gradient and parts:
+            gradient = table.gradient or self.fleet.gradient
             raise FleetError(
-                f'{name}: send = "unsure": with gradient = "{self.fleet.gradient}" the server '
+                f'{name}: send = "unsure": with gradient = "{gradient}" the server '
                 "returns the gradient of a mean over the samples sent, and so has to know how many "
                 f"a batch sends: take capacity = {batch}"
             )
@@ -356,7 +374,7 @@ class Assembly:
         client = LocalClient(
             member.name,
             copy.deepcopy(member.segment),
-            self.fleet.settings,
+            self.fleet.settings(member.table),
             capacity=member.build.capacity,
             scale=self.dataset.scale,
             shift=self.dataset.shift,
@@ -382,7 +400,7 @@ class Assembly:
             names = {c.name for c in clients}
             states = {m.name: m.state for m in self.members if m.name in names}
         fleet = self.fleet
-        kind = {"averaging": Averaging, "sequential": Sequential}[fleet.strategy]
+        kind = strategies.of_name(fleet.strategy)
         if kind.shared:
             server = self._server(self.members, device, "the server")
             servers = dict.fromkeys((c.name for c in clients), server)
@@ -399,7 +417,7 @@ class Assembly:
         own = {m.name: self._own_layers(m.table, m.cut) for m in members}
         mirrors = {client: layers.mirror for client, layers in own.items() if layers}
         tail = Tail(Network(model, self.dataset.shape), [m.cut for m in members], mirrors)
-        return Server(tail, self.fleet.settings, device, name=name)
+        return Server(tail, self.fleet.server_settings, device, name=name)
 
 
 def _parts(samples: int, batch: int, capacity: int) -> set[int]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from splitee import step
+from splitee import optimizer, step
 from splitee.codec import PLAIN, Codec, Coding
 from splitee.data import Images, Shard
 from splitee.errors import NotFinite
@@ -186,8 +186,8 @@ class LocalClient:
         self.device = device
         self._whole = self.segment
         parameters = [t for t in segment.tensors().values() if isinstance(t, nn.Parameter)]
-        self._optimizer = torch.optim.SGD(parameters, lr=settings.learning_rate)
-        self.settings = settings
+        self._optimizer = optimizer.make(parameters, settings)
+        self._settings = settings
         self._scale = torch.tensor(scale, device=device)[:, None, None]
         self._shift = torch.tensor(shift, device=device)[:, None, None]
         self._shard = Shard()
@@ -204,12 +204,7 @@ class LocalClient:
     @settings.setter
     def settings(self, settings: Settings) -> None:
         self._settings = settings
-        for group in self._optimizer.param_groups:
-            group.update(
-                lr=settings.learning_rate,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-            )
+        optimizer.follow(self._optimizer, settings)
 
     @property
     def place(self) -> Place:
@@ -266,12 +261,9 @@ class LocalClient:
         self._loss, self._correct = 0.0, 0
 
     def load_momentum(self, momentum: Mapping[str, Array], *, every: bool = False) -> None:
-        """Replaces the optimiser's velocity; parameters that are not named begin anew."""
-        for name, parameter in self._parameters(every=every).items():
-            self._optimizer.state.pop(parameter, None)
-            if name in momentum:
-                buffer = torch.tensor(momentum[name], device=self.device)
-                self._optimizer.state[parameter]["momentum_buffer"] = buffer
+        """Replaces the optimiser's memory; parameters that are not named begin anew."""
+        memory = {n: torch.as_tensor(a) for n, a in momentum.items()}
+        optimizer.remember(self._optimizer, self._parameters(every=every), memory)
 
     def load_weights(self, weights: Mapping[str, Array], *, every: bool = False) -> None:
         """Replaces parameters and statistics."""
@@ -282,13 +274,15 @@ class LocalClient:
     def state(self, *, every: bool = False) -> State:
         """Everything that it has learnt, and its place."""
         weights = {n: _array(t) for n, t in self._tensors(every=every).items()}
-        momentum: dict[str, Array] = {}
-        if self.settings.momentum:
-            for name, parameter in self._parameters(every=every).items():
-                buffer = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
-                momentum[name] = (
-                    np.zeros(parameter.shape, np.float32) if buffer is None else _array(buffer)
-                )
+        parameters = self._parameters(every=every)
+        memory = optimizer.memory(self._optimizer, parameters)
+        momentum = {n: _array(t) for n, t in memory.items()}
+        if self.settings.adamw is None:  # as on a device: a velocity of every parameter, or none
+            momentum = {
+                n: momentum[n] if n in momentum else np.zeros(p.shape, np.float32)
+                for n, p in parameters.items()
+                if self.settings.momentum
+            }
         return State(weights, momentum, self.place)
 
     def upcoming(self, count: int) -> Images:
@@ -340,7 +334,7 @@ class LocalClient:
         self._pass = None
 
     def step(self) -> Stepped:
-        """One SGD step; parameters that nothing taught keep still."""
+        """One step of the optimiser; parameters that nothing taught keep still."""
         parameters = self._parameters(every=False)
         try:
             step.check(f'client "{self.name}"', parameters, self._loss)

@@ -6,11 +6,19 @@ import math
 import re
 import tomllib
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from splitee.bottleneck import Bottleneck
@@ -18,9 +26,15 @@ from splitee.client import Settings, trunk_weights
 from splitee.codec import Coding, Kind
 from splitee.errors import FleetError
 from splitee.rules import Rules
+from splitee.state import AdamW
 from splitee.steps import Levers
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+def _fault(message: str, *path: str | int) -> PydanticCustomError:
+    """What is wrong with a table as a whole, and the key that is to be named."""
+    return PydanticCustomError("whole", message, {"path": path})
 
 
 class _Table(BaseModel):
@@ -45,18 +59,50 @@ class DataTable(_Table):
     samples: Annotated[int, Field(ge=1)] | None = None  # training images used; None: all
 
 
-class OptimizerTable(_Table):
-    """SGD, on clients and server alike."""
+Gradient = Literal["local", "server", "both"]
+Optimizer = Literal["sgd", "adamw"]
+BuiltIn = Literal["averaging", "sequential"]  # strategies
 
-    learning_rate: Annotated[float, Field(gt=0)] = 0.05  # of the first round
+USUAL_RATES: dict[Optimizer, float] = {"sgd": 0.05, "adamw": 0.001}
+
+
+class OptimizerTable(_Table):
+    """What clients and servers learn by."""
+
+    kind: Optimizer = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # None: the usual one of the kind
+    server_rate: Annotated[float, Field(gt=0)] | None = None  # of servers; None: learning_rate
+    # rounds in which the rate rises to that, in equal steps; of servers, None: as many
+    warmup: Annotated[int, Field(ge=0)] = 0
+    server_warmup: Annotated[int, Field(ge=0)] | None = None
     # cosine: down to 0 over all rounds; step: times step_factor every step_every rounds
     schedule: Literal["constant", "cosine", "step"] = "constant"
     step_every: Annotated[int, Field(ge=1)] = 5
     step_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of SGD
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of AdamW, as the next two
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     # largest norm of all gradients of a client together, or of a server; None: any
     clip: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def rate(self) -> float:
+        """That of clients, before any schedule."""
+        return self.learning_rate or USUAL_RATES[self.kind]
+
+    def factor(self, number: int, warmup: int, rounds: int) -> float:
+        """What schedule and warm-up make of a rate in a round, the first of which is 1."""
+        before = number - 1  # rounds
+        rising = min(1.0, number / (warmup + 1))
+        match self.schedule:
+            case "constant":
+                return rising
+            case "cosine":
+                return rising * (1 + math.cos(math.pi * before / rounds)) / 2
+            case "step":
+                return rising * self.step_factor ** (before // self.step_every)
 
 
 class ClientTable(_Table):
@@ -77,6 +123,11 @@ class ClientTable(_Table):
     fused_update: bool = False
     local_only: bool = False
     share: Annotated[float, Field(gt=0)] = 1.0  # of the training data, relative to the others
+    # as the fleet's; None: what the fleet has
+    gradient: Gradient | None = None
+    exit_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    optimizer: Optimizer | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
     # channels that are sent, and pixels left out, by a learned bottleneck at its cut; None: no
     # bottleneck
     bottleneck: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -114,13 +165,15 @@ class Fleet(_Table):
     batch: Annotated[int, Field(ge=1, le=4096)] = 16
     # batches that a client trains in a round; None: its whole shard once
     local_steps: Annotated[int, Field(ge=1)] | None = None
-    strategy: Literal["averaging", "sequential"] = "averaging"
-    gradient: Literal["local", "server", "both"] = "local"
+    strategy: str = "averaging"  # or "sequential", or a class of a user's own
+    gradient: Gradient = "local"
     exit_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     aggregate: Literal["server", "all"] = "server"
     exits: Literal["own", "upto"] = "own"
     period: Annotated[int, Field(ge=1)] = 1  # rounds between two aggregations
     entropy: Annotated[float, Field(ge=0, le=1)] = 0.5  # an exit answers up to this
+    participation: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of clients drawn for a round
+    min_clients: Annotated[int, Field(ge=1)] = 1  # that have to complete a round for it to count
     # auto: clients with a key are spoken to under it, and one behind a network must have one; none:
     # without keys, wherever they are
     auth: Literal["auto", "none"] = "auto"
@@ -138,15 +191,50 @@ class Fleet(_Table):
         names = [c.name for c in self.client]
         for i, name in enumerate(names):
             if name in names[:i]:
-                raise PydanticCustomError("twice", "there is such a client already", {"index": i})
+                raise _fault("there is such a client already", "client", i, "name")
         return self
 
+    @model_validator(mode="after")
+    def _enough_are_drawn(self) -> Fleet:
+        drawn = self.rules.drawn(len(self.client))
+        if self.min_clients > drawn:
+            raise _fault(
+                f"{self.min_clients}, but {drawn} of {len(self.client)} clients are drawn for a "
+                "round: take a larger participation, or fewer here",
+                "min_clients",
+            )
+        return self
+
+    @field_validator("strategy")
+    @classmethod
+    def _is_a_strategy(cls, strategy: str) -> str:
+        known = get_args(BuiltIn)
+        if strategy in known or re.fullmatch(r"[\w.]+:\w+", strategy):
+            return strategy
+        listed = ", ".join(f"'{name}'" for name in known)
+        raise PydanticCustomError(
+            "strategy", f"Input should be {listed} or a class as 'module:Class'"
+        )
+
+    def settings(self, client: ClientTable) -> Settings:
+        """What a client learns with."""
+        gradient = client.gradient or self.gradient
+        exit_weight = self.exit_weight if client.exit_weight is None else client.exit_weight
+        exits, server = trunk_weights(gradient, exit_weight)
+        rate = client.learning_rate or self.optimizer.rate
+        settings = self._settings(client.optimizer or self.optimizer.kind, rate)
+        return replace(settings, exit_weight=exits, server_weight=server)
+
     @property
-    def settings(self) -> Settings:
-        """What clients and server learn with."""
+    def server_settings(self) -> Settings:
+        """What servers learn with."""
         o = self.optimizer
-        weights = trunk_weights(self.gradient, self.exit_weight)
-        return Settings(o.learning_rate, o.momentum, o.weight_decay, *weights, clip=o.clip or 0.0)
+        return self._settings(o.kind, o.server_rate or o.rate)
+
+    def _settings(self, kind: Optimizer, rate: float) -> Settings:
+        o = self.optimizer
+        adamw = AdamW(o.beta1, o.beta2, o.eps) if kind == "adamw" else None
+        return Settings(rate, o.momentum, o.weight_decay, clip=o.clip or 0.0, adamw=adamw)
 
     def unsure(self, client: ClientTable) -> float | None:
         """The entropy above which a client sends samples; None: it sends all."""
@@ -160,22 +248,26 @@ class Fleet(_Table):
             local_steps=self.local_steps,
             aggregate=self.aggregate,
             period=self.period,
-            rate=lambda number, _: self.rate(number),
+            rate=self.rate,
             rejoin_within=self.rejoin_within,
             round_deadline=self.round_deadline,
+            participation=self.participation,
+            min_clients=self.min_clients,
             seed=self.seed,
         )
 
-    def rate(self, number: int) -> float:
-        """The learning rate of a round, the first of which has the number 1."""
-        o, before = self.optimizer, number - 1  # rounds
-        match o.schedule:
-            case "constant":
-                return o.learning_rate
-            case "cosine":
-                return o.learning_rate * (1 + math.cos(math.pi * before / self.rounds)) / 2
-            case "step":
-                return o.learning_rate * o.step_factor ** (before // o.step_every)
+    def rate(self, number: int, client: str | None = None) -> float:
+        """The learning rate of a round, the first of which is 1: of a client, or of servers."""
+        o = self.optimizer
+        if client is not None:
+            return self._rates[client] * o.factor(number, o.warmup, self.rounds)
+        warmup = o.warmup if o.server_warmup is None else o.server_warmup
+        return (o.server_rate or o.rate) * o.factor(number, warmup, self.rounds)
+
+    @cached_property
+    def _rates(self) -> dict[str, float]:
+        """Those of clients before any schedule, by name."""
+        return {c.name: c.learning_rate or self.optimizer.rate for c in self.client}
 
 
 def read(path: Path) -> Fleet:
@@ -211,8 +303,8 @@ def _explain(error: Any, text: str, where: str) -> str:
     """One line for one of pydantic's errors: file, line, key, what is wrong and what may stand."""
     path = tuple(error["loc"])
     path = path[: 3 if path[:1] == ("client",) else 2]  # behind a key pydantic names union branches
-    if error["type"] == "twice":
-        path = ("client", error["ctx"]["index"], "name")
+    if error["type"] == "whole":
+        path = error["ctx"]["path"]
     key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
@@ -223,7 +315,7 @@ def _explain(error: Any, text: str, where: str) -> str:
         }  # fmt: skip
         keys = tables.get(table, Fleet).model_fields
         message = f"there is no such key; there are {', '.join(keys)}"
-    elif error["type"] not in ("missing", "twice"):
+    elif error["type"] not in ("missing", "whole"):
         message += f", not {error['input']!r}"
     return f"{where}:{line_of(text, path)}: {key + ': ' if key else ''}{message}"
 

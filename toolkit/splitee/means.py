@@ -21,14 +21,17 @@ def client_copy(state: State, samples: int) -> Copy:
 def owners(copies: Sequence[Copy]) -> dict[str, list[tuple[Tensor, int]]]:
     """The copies of every layer, in the order of their owners.
 
-    Copies that no sample trained count only where no copy was trained. What is one client's alone,
-    such as a bottleneck, is left out.
+    All of a layer are on the device of the first. Copies that no sample trained count only where no
+    copy was trained. What is one client's alone, such as a bottleneck, is left out.
     """
     found: dict[str, list[tuple[Tensor, int]]] = {}
     for copy in copies:
-        for name, owned in copy.items():
-            if not is_private(name):
-                found.setdefault(name, []).append(owned)
+        for name, (tensor, samples) in copy.items():
+            if is_private(name):
+                continue
+            owned = found.setdefault(name, [])
+            device = owned[0][0].device if owned else tensor.device
+            owned.append((tensor.detach().to(device), samples))
     return {name: [o for o in owned if o[1] > 0] or owned[:1] for name, owned in found.items()}
 
 
@@ -42,10 +45,10 @@ def cross_layer_mean(copies: Sequence[Copy]) -> dict[str, Tensor]:
     for name, owned in owners(copies).items():
         first, _ = owned[0]
         if len(owned) == 1:
-            means[name] = first.detach().clone()
+            means[name] = first.clone()
             continue
         total = torch.zeros_like(first, dtype=torch.float64)
         for tensor, samples in owned:
-            total += tensor.detach().to(total.device, torch.float64) * samples
+            total += tensor.to(torch.float64) * samples
         means[name] = (total / sum(n for _, n in owned)).to(first.dtype)
     return means

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splitee import step
+from splitee import optimizer, step
 from splitee.client import Settings
 from splitee.model import Tail
 
@@ -33,12 +33,7 @@ class Server:
         self.device = device
         self.name = name
         self._clip = settings.clip
-        self._optimizer = torch.optim.SGD(
-            self.tail.parameters(),
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-        )
+        self._optimizer = optimizer.make(self.tail.parameters(), settings)
         self._kept = step.Kept()
         self._loss = 0.0
 
@@ -117,21 +112,12 @@ class Server:
                 tensor.copy_(weights[name])
 
     def momentum(self) -> dict[str, Tensor]:
-        """The optimiser's velocity by parameter name, for those that have one."""
-        found = {}
-        for name, parameter in self.tensors().items():
-            state = self._optimizer.state.get(parameter)
-            if state and state.get("momentum_buffer") is not None:
-                found[name] = state["momentum_buffer"]
-        return found
+        """The optimiser's memory of parameters that have learnt (``optimizer.memory``)."""
+        return optimizer.memory(self._optimizer, self.tensors())
 
     def load_momentum(self, momentum: Mapping[str, Tensor]) -> None:
-        """Replaces the optimiser's velocity; parameters that are not named begin anew."""
-        for name, parameter in self.tensors().items():
-            self._optimizer.state.pop(parameter, None)
-            if name in momentum:
-                buffer = momentum[name].to(self.device, copy=True)
-                self._optimizer.state[parameter]["momentum_buffer"] = buffer
+        """Replaces the optimiser's memory; parameters that are not named begin anew."""
+        optimizer.remember(self._optimizer, self.tensors(), momentum)
 
     def snapshot(self) -> Snapshot:
         """What it has learnt so far; it has to be between two batches."""

@@ -9,15 +9,25 @@ from splitee.ops import Array
 
 
 @dataclass(frozen=True)
+class AdamW:
+    """What AdamW has beside the rate and the decay (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
 class Settings:
-    """Hyper-parameters of a client, and what its trunk learns from."""
+    """Hyper-parameters of a client or a server, and what a client's trunk learns from."""
 
     learning_rate: float
-    momentum: float = 0.0
+    momentum: float = 0.0  # of SGD
     weight_decay: float = 0.0
     exit_weight: float = 1.0  # of the exits' gradient in the trunk
     server_weight: float = 0.0  # of the server's gradient in the trunk
     clip: float = 0.0  # largest norm of all gradients of a step together; 0: any
+    adamw: AdamW | None = None  # None: SGD, all that a device learns by
 
     @property
     def wants_gradient(self) -> bool:
@@ -51,7 +61,9 @@ class State:
     """All of a client that a reset, a resume or an aggregation needs."""
 
     weights: Mapping[str, Array]  # float32 parameters and statistics by name
-    momentum: Mapping[str, Array]  # by parameter; empty without momentum
+    # what the optimiser remembers: of SGD by parameter, empty without momentum; of AdamW by
+    # parameter and moment (splitee.optimizer)
+    momentum: Mapping[str, Array]
     place: Place
 
 

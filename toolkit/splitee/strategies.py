@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from splitee import own
 from splitee.attendance import Attendance
 from splitee.client import Client, State
 from splitee.data import draw_order
@@ -255,3 +256,24 @@ class Sequential(Strategy):
             for name, tensor in server.tensors().items()
         }
         return [*(client_copy(d.state, d.samples) for d in done), shared]
+
+
+BUILT_IN: dict[str, type[Strategy]] = {"averaging": Averaging, "sequential": Sequential}
+
+
+def of_name(name: str) -> type[Strategy]:
+    """The strategy of a fleet file. Raises StrategyError for a user's own that cannot be used."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    try:
+        found = own.load(name)
+    except Exception as error:  # whatever a user's module raises
+        raise StrategyError(
+            f'strategy "{name}" cannot be loaded: {type(error).__name__}: {error}: is its module '
+            "in this folder, or installed?"
+        ) from error
+    if isinstance(found, type) and issubclass(found, Strategy):
+        return found
+    raise StrategyError(
+        f'strategy "{name}" is no strategy: take a subclass of splitee.strategies.Strategy'
+    )

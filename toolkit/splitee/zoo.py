@@ -7,15 +7,13 @@ with a 3x3 stem and no max pool, as is usual on 32x32 images.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from splitee import vision
+from splitee import own, vision
 from splitee.errors import ModelError
 
 # blocks in each stage, and the width of the first stage that the literature uses
@@ -147,15 +145,13 @@ def _torchvision(
 
 def _own(module: str, function: str, **settings: Any) -> nn.Module:
     name = f'model "{module}:{function}"'
-    sys.path.insert(0, "")  # as python itself does: a module in the folder at hand is found
     try:
-        make = getattr(importlib.import_module(module), function)
-        takes = inspect.signature(make).parameters
-        model = make(**{k: v for k, v in settings.items() if k in takes})
+        with own.folder_at_hand():
+            make = own.load(f"{module}:{function}")
+            takes = inspect.signature(make).parameters
+            model = make(**{k: v for k, v in settings.items() if k in takes})
     except Exception as error:  # whatever a user's module raises
         raise ModelError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove("")
     if isinstance(model, nn.Module):
         return model
     raise ModelError(f"{name} is a {type(model).__name__}: return a torch.nn.Module")

@@ -84,7 +84,8 @@ def verify(
         launched = launcher.launch(member)
         device = launched.client
         assert isinstance(device, Device)
-        found = compare(device, member.segment, member.images, fleet.settings, count, member.seed)
+        settings = fleet.settings(member.table)
+        found = compare(device, member.segment, member.images, settings, count, member.seed)
         usage = launched.usage()
     bad, bar = [d for d in found if not d.good], tolerance(member.build)
     where = f"resnet8 of width {width} up to {member.cut.name} on {board}"
