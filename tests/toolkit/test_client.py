@@ -15,6 +15,7 @@ from splitee.client import LocalClient, Place, Settings, Stepped
 from splitee.data import Images, draw_order
 from splitee.model import Network
 from splitee.server import Server
+from splitee.state import AdamW
 from splitee.train import train_batch
 from toolkit.networks import (
     CLASSES,
@@ -37,11 +38,17 @@ def batches(client: LocalClient, server: Server, count: int, batch: int = 4) -> 
     return [train_batch(client, server, batch) for _ in range(count)]
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+OPTIMIZERS = {
+    "plain": Settings(0.05, 0.0, 1e-3, 0.5, 0.5),
+    "momentum": Settings(0.05, 0.9, 1e-3, 0.5, 0.5),
+    "adamw": Settings(0.01, 0.0, 1e-3, 0.5, 0.5, adamw=AdamW()),
+}
+
+
+@pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_a_client_goes_on_from_its_state_bit_for_bit(norm: str, momentum: float) -> None:
+def test_a_client_goes_on_from_its_state_bit_for_bit(norm: str, settings: Settings) -> None:
     images = random_images(12)
-    settings = Settings(0.05, momentum, 1e-3, 0.5, 0.5)
     model = resnet(norm=norm)
     client = local_client(model, CUT, settings, images, capacity=4, upto=True)
     server = server_for(model, [CUT], settings)

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, StepLR
 
 from splitee.fleet import Fleet
-from splitee.strategies import Strategy
+from splitee.rules import Rules
+from splitee.strategies import Averaging, Strategy
 from splitee.train import ClientLost, fit
 from toolkit.networks import unequal
 from toolkit.rounds import (
@@ -74,6 +75,50 @@ def test_cosine_is_torchs_down_to_zero_behind_the_last_round() -> None:
 def test_step_is_torchs(every: int, factor: float) -> None:
     found = rates(fleet(learning_rate=0.3, schedule="step", step_every=every, step_factor=factor))
     assert found == pytest.approx(in_torch(0.3, every=every, factor=factor), rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
+def test_a_warm_up_is_torchs_linear_one_times_the_schedule(schedule: str) -> None:
+    calm = fleet(learning_rate=0.4, schedule=schedule, step_every=2)
+    warm = fleet(learning_rate=0.4, schedule=schedule, step_every=2, warmup=3)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    linear = LinearLR(optimizer, start_factor=1 / 4, total_iters=3)
+    expected = []
+    for rate in rates(calm):
+        expected.append(rate * optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        linear.step()
+    assert rates(warm) == pytest.approx(expected, rel=1e-12)
+
+
+def test_parts_have_rates_and_warm_ups_of_their_own() -> None:
+    of = Fleet.model_validate(
+        {
+            "name": "x",
+            "optimizer": {
+                "learning_rate": 0.4, "warmup": 1, "server_rate": 0.9, "server_warmup": 2,
+            },
+            "client": [{"name": "usual"}, {"name": "own", "learning_rate": 0.2}],
+        }
+    )  # fmt: skip
+    for client, expected in (("usual", [0.2, 0.4, 0.4]), ("own", [0.1, 0.2, 0.2])):
+        assert [of.rate(n, client) for n in (1, 2, 3)] == pytest.approx(expected)
+    assert [of.rate(n) for n in (1, 2, 3)] == pytest.approx([0.3, 0.6, 0.9])
+    assert fleet(kind="adamw").rate(1) == 0.001
+    assert fleet(kind="sgd").rate(1, "one") == 0.05
+
+
+def test_a_strategy_gives_each_part_its_own_rate() -> None:
+    def rate(number: int, client: str | None) -> float:
+        return {"a": 0.1, "b": 0.2, "c": 0.3, None: 0.4}[client] * number
+
+    members = clients()
+    servers = averaging(members).servers()
+    by_client = {name: servers[f"server.{name}"] for name in "abc"}
+    list(Averaging(members, by_client, Rules(4, rate=rate)).round(2))
+    found = {c.name: c.settings.learning_rate for c in members}
+    assert found == {"a": 0.2, "b": 0.4, "c": 0.6}
+    assert {g["lr"] for s in servers.values() for g in s._optimizer.param_groups} == {0.8}
 
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
