@@ -56,12 +56,17 @@ def averaging(
 
 
 def sequential(
-    members: Sequence[Client], *, norm: str = "group", settings: Settings = SETTINGS, **rules: Any
+    members: Sequence[Client],
+    *,
+    norm: str = "group",
+    settings: Settings = SETTINGS,
+    kind: type[Strategy] = Sequential,
+    **rules: Any,
 ) -> Strategy:
     """Sequential over clients at one server."""
     server = server_for(resnet(norm=norm), [CUTS[c.name] for c in members], settings)
     servers = dict.fromkeys([c.name for c in members], server)
-    return Sequential(members, servers, rules_of(**rules), states=states_of(members))
+    return kind(members, servers, rules_of(**rules), states=states_of(members))
 
 
 def rules_of(
