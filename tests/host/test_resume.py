@@ -236,6 +236,25 @@ def test_a_run_is_killed_from_outside_twice_and_still_ends_with_the_same_weights
     assert rounds == sorted(rounds)
 
 
+def test_adamw_and_the_draws_of_clients_go_on_bit_for_bit(workplace: Path, tmp_path: Path) -> None:
+    text = FLEET.format(strategy="averaging", aggregate="all")
+    text = text.replace("[model]", "seed = 2\nparticipation = 0.67\nmin_clients = 2\n[model]")
+    text = text.replace("[optimizer]", '[optimizer]\nkind = "adamw"\nwarmup = 2')
+    text = text.replace('"posix"', '"posix"\noptimizer = "sgd"\nlearning_rate = 0.05')
+    text += '[[client]]\nname = "third"\ncut = "stem"\n'
+    path = Path("it.toml")
+    path.write_text(text)
+    whole, run = Run(tmp_path / "whole" / "it"), Run(tmp_path / "it")
+    ended(splitee("train", path, "--runs", whole.folder.parent))
+    killed_in("splitee.attendance:train_pass", 4, "train", path, "--runs", tmp_path)
+    assert run.load().round == 1
+    ended(splitee("train", "--resume", run.folder))
+    assert_same_run(run, whole)
+    assert [len(r["clients"]) for r in run.took_part()] == [2] * ROUNDS
+    memory = load_file(run.checkpoint_file)
+    assert "client-momentum/local/stem.0.weight.exp_avg_sq" in memory
+
+
 def test_a_run_that_is_complete_is_only_tested(
     workplace: Path, tmp_path: Path, wholes: dict[tuple[str, str], Run]
 ) -> None:

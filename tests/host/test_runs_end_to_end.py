@@ -218,6 +218,30 @@ def test_every_kind_of_client_learns_as_torch_does(
         assert not np.array_equal(stems[0], stems[1])
 
 
+OWN = {  # of each client: devices learn by SGD, all else by AdamW
+    "process": 'gradient = "server"\noptimizer = "sgd"\nlearning_rate = 0.1',
+    "edge": 'gradient = "both"\nexit_weight = 0.25\noptimizer = "sgd"\nlearning_rate = 0.02',
+    "local": "learning_rate = 0.003",
+}
+
+
+def test_every_kind_of_client_learns_from_its_own_gradient_at_its_own_rate_beside_adamw(
+    few_digits: Dataset, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # eps: where a gradient is but rounding, AdamW would make a step of it
+    optimizer = '[optimizer]\nkind = "adamw"\nserver_rate = 0.002\neps = 1e-3\nwarmup = 1\n[model]'
+    text = MIXED.format("averaging", "local", "all", "upto").replace("[model]", optimizer)
+    for name, keys in OWN.items():
+        text = text.replace(f'name = "{name}"', f'name = "{name}"\n{keys}')
+    mixed, in_torch = (trained(fleet, monkeypatch) for fleet in (parse(text), all_torch(text)))
+    assert_same_numbers(mixed, in_torch)
+    for name, keys in OWN.items():  # without them, a client learns something else
+        fleet = all_torch(text.replace(keys, "").replace('kind = "adamw"', ""))
+        other = trained(fleet, monkeypatch).states[name].momentum
+        mine = in_torch.states[name].momentum
+        assert {n for n in other if n not in mine or not np.allclose(mine[n], other[n], 1e-2)}
+
+
 @pytest.mark.parametrize("exits", ["own", "upto"])
 def test_a_fleet_whose_cuts_could_move_learns_the_same_bit_for_bit(
     exits: str, few_digits: Dataset, workplace: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from splitee.client import Place, State
-from splitee.train import BatchDone, ClientBack, ClientDone, ClientLost, Event, RoundDone
+from splitee.train import BatchDone, ClientBack, ClientDone, ClientLost, Event, RoundDone, RoundFailed
 from splitee_host.screen import Screen
 from toolkit.rounds import clients
 
@@ -71,6 +71,15 @@ def test_who_is_lost_misses_rounds_until_it_is_back(screen: Screen) -> None:
         "back in round 5: b",
     ]
     assert table(screen)["b"] == ["5", "0/20"]
+
+
+def test_a_round_that_does_not_count_is_told(screen: Screen) -> None:
+    lines = said(screen, RoundFailed(3, ["a"], 2))
+    assert lines == ["round 3 does not count: 1 of the 2 clients that it takes completed it"]
+
+
+def test_who_was_not_drawn_is_not_missed(screen: Screen) -> None:
+    assert said(screen, RoundDone(3, STATES, {}, {"a"})) == []
 
 
 def test_a_round_with_everyone_says_no_more_than_their_passes(screen: Screen) -> None:

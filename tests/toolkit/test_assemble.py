@@ -353,6 +353,31 @@ def test_an_unknown_board_is_refused_by_whoever_knows_the_boards() -> None:
 
 # ---- what saves memory ----
 
+
+@pytest.mark.parametrize(
+    ("client", "message"),
+    [
+        ("a:far", 'client "a": optimizer = "adamw": clients behind a link learn by SGD alone: give '
+         'this one optimizer = "sgd" and a learning_rate'),
+        ('a:far:optimizer = "sgd"', 'client "a": optimizer = "sgd": the fleet\'s learning_rate is '
+         'for "adamw": give this client one of its own'),
+        ('a:far:optimizer = "sgd":learning_rate = 0.1', None),
+        ("a:near", None),
+        ('a:near:optimizer = "sgd":learning_rate = 0.1', None),
+    ],
+)  # fmt: skip
+def test_adamw_is_for_clients_that_compute_here(client: str, message: str | None) -> None:
+    name, board, *keys = client.split(":")
+    table = "\n".join([f'[[client]]\nname = "{name}"\nboard = "{board}"', *keys])
+    fleet = parse(f'name = "x"\n[optimizer]\nkind = "adamw"\n[model]\nwidth = 4\n{table}\n')
+    found = Assembly(fleet, lambda board: Board(False, None, here=board == "near"))
+    if message:
+        with pytest.raises(FleetError, match=f"^{re.escape(message)}$"):
+            found.member("a")
+    else:
+        found.member("a")
+
+
 PLAIN = "[optimizer]\nmomentum = 0.0"
 
 
@@ -383,12 +408,18 @@ def test_a_fused_update_is_built_where_a_batch_is_one_part_without_momentum() ->
             "fused_update: clipping .*: take no clip$",
         ),
         ("a:mcu:local_only = true", 'gradient = "both"', 'local_only: .*, and gradient = "both"$'),
+        ('a:mcu:local_only = true:gradient = "server"', "", 'and gradient = "server"$'),
         ("a:mcu:local_only = true:deepest = 2", "", "local_only: .*: leave out deepest$"),
     ],
 )
 def test_a_lever_that_the_fleet_rules_out_is_refused(client: str, top: str, message: str) -> None:
     with pytest.raises(FleetError, match=message):
         assembly(client, top, mcu=ENDLESS).member("a")
+
+
+def test_a_lever_asks_for_the_gradient_of_its_client() -> None:
+    client = 'a:mcu:local_only = true:gradient = "local"'
+    assert assembly(client, 'gradient = "both"', mcu=ENDLESS).member("a").build.levers.local_only
 
 
 def test_the_effect_of_each_lever_is_that_of_a_build_with_it() -> None:

@@ -97,7 +97,7 @@ def train(
     rounds = run.took_part()
     for summary in summaries:
         there = sum(summary.name in r["clients"] for r in rounds)
-        if there < len(rounds):
+        if any(summary.name in r.get("missing", {}) for r in rounds):
             say(f"{summary.name} took part in {there} of {len(rounds)} rounds")
     console.print(
         f"{len(rounds)} rounds in {earlier + time.perf_counter() - began:.0f} s; curves, metrics "
