@@ -8,7 +8,15 @@ import pytest
 from rich.console import Console
 
 from splitee.client import Place, State
-from splitee.train import BatchDone, ClientBack, ClientDone, ClientLost, Event, RoundDone, RoundFailed
+from splitee.train import (
+    BatchDone,
+    ClientBack,
+    ClientDone,
+    ClientLost,
+    Event,
+    RoundDone,
+    RoundFailed,
+)
 from splitee_host.screen import Screen
 from toolkit.rounds import clients
 
