@@ -193,7 +193,7 @@ def test_shares_divide_the_training_images() -> None:
     assert [m.state.place for m in fleet.members] == [
         Place(samples, seed) for samples, seed in zip(sizes, (0, 1, 2), strict=True)
     ]
-    with pytest.raises(FleetError, match=r'^client "b": its share is less than one sample$'):
+    with pytest.raises(FleetError, match=r'^client "b": its share is less than one sample: give'):
         assembly("a:torch, b:torch:share = 1e-4")
 
 

@@ -1,4 +1,4 @@
-"""The digits, their shards, and the order in which a client uses its samples."""
+"""The digits, and the order in which a client uses its samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from splitee import data
-from splitee.data import Images, constants, draw_order, shards
+from splitee.data import Images, constants, draw_order
 from splitee.errors import SpliteeError
 from splitee.ops import Array
 
@@ -128,29 +128,6 @@ def numbered(count: int) -> Images:
     """Images that can be told apart by their only pixel and half by their label."""
     places = np.arange(count)
     return Images((places % 256).astype(np.uint8).reshape(-1, 1, 1, 1), places.astype(np.int64))
-
-
-@given(
-    st.integers(1, 300),
-    st.lists(st.floats(0.01, 100), min_size=1, max_size=6),
-    U32,
-)
-def test_shards_lose_nothing_and_have_their_share(
-    count: int, weights: list[float], seed: int
-) -> None:
-    parts = shards(numbered(count), weights, seed)
-    assert sorted(np.concatenate([p.y for p in parts]).tolist()) == list(range(count))
-    assert all((p.x.ravel() == p.y % 256).all() for p in parts)
-    for part, weight in zip(parts, weights, strict=True):
-        assert abs(len(part) - count * weight / sum(weights)) <= 1 + 1e-6
-
-
-def test_shards_are_drawn_at_random_from_the_seed() -> None:
-    first, second = ([p.y.tolist() for p in shards(numbered(40), [3, 1], s)] for s in (0, 1))
-    assert first == [p.y.tolist() for p in shards(numbered(40), [3, 1], 0)]
-    assert [len(p) for p in first] == [len(p) for p in second] == [30, 10]
-    assert first != second
-    assert first[0] != sorted(first[0])
 
 
 def test_images_are_chosen_by_places_and_by_a_slice() -> None:

@@ -95,7 +95,11 @@ def test_a_good_file_says_what_it_says() -> None:
         "entropy": 0.4, "auth": "auto", "rejoin_within": 1.5,
         "round_deadline": 60.0, "participation": 0.75, "min_clients": 2,
         "model": {"name": "resnet20", "width": 8, "norm": "group", "batch_norm": "frozen"},
-        "data": {"name": "digits", "samples": None},
+        "data": {
+            "name": "digits", "path": None, "download": False, "size": None, "samples": None,
+            "test_samples": None, "augment": [], "partition": "iid", "alpha": 0.5,
+            "classes_per_client": 2,
+        },
         "optimizer": {
             "kind": "adamw", "learning_rate": 0.1, "server_rate": 0.3, "warmup": 2,
             "server_warmup": 0, "beta1": 0.8, "beta2": 0.99, "eps": 1e-6,

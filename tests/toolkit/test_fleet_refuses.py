@@ -15,7 +15,10 @@ KEYS = {
     "exits, period, entropy, participation, min_clients, auth, rejoin_within, round_deadline, "
     "model, data, optimizer, client",
     "model": "name, width, norm, batch_norm",
-    "data": "name, samples",
+    "data": (
+        "name, path, download, size, samples, test_samples, augment, partition, alpha, "
+        "classes_per_client"
+    ),
     "optimizer": "kind, learning_rate, server_rate, warmup, server_warmup, schedule, step_every, "
     "step_factor, momentum, beta1, beta2, eps, weight_decay, clip",
     "client": "name, board, link, cut, deepest, capacity, relu_bits, float16, recompute, "
@@ -43,8 +46,8 @@ BAD = {
         [f"4: model.widht: there is no such key; there are {KEYS['model']}"],
     ),
     "unknown-in-data": (
-        f'name = "x"\n[data]\n\npath = "here"\n{CLIENT}',
-        [f"4: data.path: there is no such key; there are {KEYS['data']}"],
+        f'name = "x"\n[data]\n\nfolder = "here"\n{CLIENT}',
+        [f"4: data.folder: there is no such key; there are {KEYS['data']}"],
     ),
     "unknown-in-optimizer": (
         f'name = "x"\n[optimizer]\nlr = 0.1\n{CLIENT}',

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from splitee import data, strategies, zoo
+from splitee import datasets, partition, strategies, zoo
 from splitee.bottleneck import Mirror
 from splitee.capture import capture
 from splitee.client import Client, LocalClient, Place, State
@@ -85,7 +85,7 @@ class Assembly:
         """boards tells of a board by name, and raises SpliteeError for an unknown one."""
         self.fleet = fleet
         self.boards = {c.name: boards(c.board) for c in fleet.client}
-        self.dataset: Dataset = data.load(fleet.data.name)
+        self.dataset: Dataset = datasets.load(fleet.data)
         self.norm = self._norm()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fleet.seed)
@@ -98,12 +98,9 @@ class Assembly:
             )
             self._network = Network(self._model, self.dataset.shape)
             self._exits = {c.name: Exit(_image(c), self.dataset.classes) for c in self.cuts}
-        train = self.dataset.train[: fleet.data.samples]
-        parts = data.shards(train, [c.share for c in fleet.client], fleet.seed)
-        self._shards = dict(zip((c.name for c in fleet.client), parts, strict=True))
-        for client, images in self._shards.items():
-            if len(images) == 0:
-                raise FleetError(f'client "{client}": its share is less than one sample')
+        shares = {c.name: c.share for c in fleet.client}
+        places = partition.places(self.dataset, fleet.data, shares, fleet.seed)
+        self._shards = {name: self.dataset.train[held] for name, held in places.items()}
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
@@ -381,6 +378,7 @@ class Assembly:
             device=device,
             coding=member.table.coding,
             unsure=self.fleet.unsure(member.table),
+            augment=self.fleet.data.augment,
         )
         client.move(member.cut.name, upto=member.upto)
         return client

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from splitee import optimizer, step
+from splitee.augment import augmented
 from splitee.codec import PLAIN, Codec, Coding
 from splitee.data import Images, Shard
 from splitee.errors import NotFinite
@@ -169,14 +170,17 @@ class LocalClient:
         device: str = "cpu",
         coding: Coding = PLAIN,
         unsure: float | None = None,
+        augment: Sequence[str] = (),
     ) -> None:
         """coding: what crosses its cut is what a device with these codecs would send and get.
 
         unsure: normalised entropy of the exit at the cut, above which samples are sent; None: all.
+        augment: what changes its images in each epoch, as for ``augmented``.
         """
         self.name = name
         self.coding = coding
         self.unsure = unsure
+        self.augment = tuple(augment)
         self.logits = torch.zeros(0)  # of the exit at the cut, of the last forward
         self.cut = segment.cut.name
         self.capacity = capacity
@@ -295,9 +299,11 @@ class LocalClient:
     def forward(self, count: int, batch: int) -> Part:
         """Runs its next count samples forward."""
         part = self._shard.take(count)
+        start = replace(self.place, position=self.place.position - len(part))
+        images = augmented(part.x, self.augment, start)
         labels = torch.as_tensor(part.y, device=self.device).long()
         self._kept.keep(self.segment)
-        points = self.segment.trunk(self._input(part.x))
+        points = self.segment.trunk(self._input(images))
         exit_weight = self.settings.exit_weight
         loss = torch.zeros((), device=self.device)
         for head, point in zip(self.segment.exits, points, strict=True):

@@ -2,6 +2,7 @@
 
 SpliteeError
 ├── FleetError          the fleet file cannot be used (file, line, key)
+├── DataError           a dataset cannot be read, or dealt out to the clients
 ├── ModelError          the network cannot be cut, captured or written
 │   └── CutError        no such cut; lists those there are
 ├── FitError            a segment is larger than its board
@@ -32,6 +33,10 @@ class SpliteeError(Exception):
 
 class FleetError(SpliteeError):
     """The fleet file cannot be used."""
+
+
+class DataError(SpliteeError):
+    """A dataset cannot be read, or dealt out to the clients."""
 
 
 class ModelError(SpliteeError):

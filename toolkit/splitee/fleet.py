@@ -52,11 +52,25 @@ class ModelTable(_Table):
     batch_norm: Literal["held", "frozen"] = "held"
 
 
+Augmentation = Literal["crop", "flip"]
+
+
 class DataTable(_Table):
     """The data and its shards."""
 
-    name: str = "digits"
+    name: str = "digits"  # or cifar10, cifar100, stl10, folder, "<module>:<function>"
+    path: str | None = None  # the folder that has it; of "folder": itself, or a tar archive of it
+    download: bool = False  # where torchvision's is not there
+    size: Annotated[int, Field(ge=1, le=1024)] | None = None  # pixels a side; None: as they are
     samples: Annotated[int, Field(ge=1)] | None = None  # training images used; None: all
+    test_samples: Annotated[int, Field(ge=1)] | None = None  # test images used; None: all
+    # what changes training images anew in each epoch, in this order, on clients in torch
+    augment: list[Augmentation] = []
+    # dirichlet: shares of each class are drawn (alpha); classes: classes_per_client each; folder:
+    # as the folders of its images say
+    partition: Literal["iid", "dirichlet", "classes", "folder"] = "iid"
+    alpha: Annotated[float, Field(gt=0)] = 0.5  # small: a client has few classes
+    classes_per_client: Annotated[int, Field(ge=1, le=256)] = 2
 
 
 Gradient = Literal["local", "server", "both"]

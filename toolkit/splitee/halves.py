@@ -164,7 +164,7 @@ def of_fleet(assembly: Assembly, checkpoint: Checkpoint | None = None) -> list[H
 
 def calibration_of(assembly: Assembly) -> Images:
     """The images that a fleet's segments are calibrated with: of those that it trains on."""
-    return assembly.dataset.train[: assembly.fleet.data.samples][:CALIBRATED]
+    return assembly.dataset.train[:CALIBRATED]
 
 
 def _of_member(

@@ -5,14 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from splitee import data
+from splitee import data, pixels
 from splitee.data import Images
 from splitee.errors import SpliteeError
-from splitee.ops import Array
-
-_MODES = {1: "L", 3: "RGB"}
 
 
 def load(source: str, shape: tuple[int, int, int]) -> Images:
@@ -37,7 +33,7 @@ def load(source: str, shape: tuple[int, int, int]) -> Images:
         images = _npz(path)
     if len(images) and images.x.shape[1:] == shape:
         return images
-    return Images(np.stack([_fitted(x, shape) for x in images.x]), images.y)
+    return Images(np.stack([pixels.resized(x, shape) for x in images.x]), images.y)
 
 
 def _npz(path: Path) -> Images:
@@ -47,7 +43,7 @@ def _npz(path: Path) -> Images:
             y = file["y"] if "y" in file else np.zeros(len(x))
     except (OSError, ValueError, KeyError) as error:
         raise SpliteeError(f"{path}: no .npz file with images x: {error}") from error
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in _MODES or not len(x):
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in pixels.MODES or not len(x):
         raise SpliteeError(
             f"{path}: x is {x.dtype} of {x.shape}: give it uint8 images, (samples, 1 or 3 "
             "channels, height, width)"
@@ -58,32 +54,10 @@ def _npz(path: Path) -> Images:
 
 
 def _folder(path: Path, shape: tuple[int, int, int]) -> Images:
-    known = set(Image.registered_extensions())
+    known = pixels.suffixes()
     files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in known and f.is_file()]
     if not files:
         raise SpliteeError(f"{path}: there are no images in it")
     classes = sorted({f.parent for f in files})
-    x = np.stack([_read(file, shape) for file in files])
+    x = np.stack([pixels.read(file, str(file), shape) for file in files])
     return Images(x, np.array([classes.index(f.parent) for f in files], np.uint8))
-
-
-def _read(path: Path, shape: tuple[int, int, int]) -> Array:
-    try:
-        with Image.open(path) as image:
-            return _resized(image, shape)
-    except (OSError, UnidentifiedImageError) as error:
-        raise SpliteeError(f"{path}: not an image that can be read: {error}") from error
-
-
-def _fitted(x: Array, shape: tuple[int, int, int]) -> Array:
-    """One image of (channels, height, width) as one of another shape."""
-    pixels = x[0] if len(x) == 1 else x.transpose(1, 2, 0)
-    return _resized(Image.fromarray(pixels), shape)
-
-
-def _resized(image: Image.Image, shape: tuple[int, int, int]) -> Array:
-    channels, height, width = shape
-    image = image.convert(_MODES[channels])
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image, np.uint8).reshape(height, width, channels).transpose(2, 0, 1)

@@ -18,14 +18,16 @@ _SCHEMAS = (
 _kept: list[Any] = []  # a definition lasts as long as its library
 
 
-def models() -> ModuleType:
-    """``torchvision.models``. Raises MissingTool where torchvision is not installed.
+def part(name: str) -> ModuleType:
+    """``torchvision.<name>``: models, datasets, transforms.
+
+    Raises MissingTool where torchvision is not installed.
 
     A torchvision that was built for CUDA does not load its library beside a torch for CPUs, and
     then fails over operators of detection, which no network for classes has.
     """
     try:
-        return importlib.import_module("torchvision.models")
+        return importlib.import_module(f"torchvision.{name}")
     except ModuleNotFoundError as error:
         raise MissingTool(f"{error.name} is not installed: pip install torchvision") from error
     except RuntimeError:
@@ -35,4 +37,4 @@ def models() -> ModuleType:
     for schema in _SCHEMAS:
         library.define(schema)  # type: ignore[no-untyped-call]
     _kept.append(library)
-    return importlib.import_module("torchvision.models")
+    return importlib.import_module(f"torchvision.{name}")

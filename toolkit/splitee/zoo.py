@@ -128,7 +128,7 @@ def _torchvision(
         raise ModelError(
             f'model "torchvision:{name}" has a width of its own and takes images of 3 channels'
         )
-    models = vision.models()
+    models = vision.part("models")
     try:
         builder = models.get_model_builder(name)
     except ValueError as error:
