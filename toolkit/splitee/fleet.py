@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from splitee.augment import Augmentation
 from splitee.bottleneck import Bottleneck
 from splitee.client import Settings, trunk_weights
 from splitee.codec import Coding, Kind
@@ -50,9 +51,6 @@ class ModelTable(_Table):
     # a client's batch norm in training: by the samples held, or by the running statistics, which
     # then follow once after the step
     batch_norm: Literal["held", "frozen"] = "held"
-
-
-Augmentation = Literal["crop", "flip"]
 
 
 class DataTable(_Table):
