@@ -13,26 +13,22 @@ that files are written from. A server gets what the segment sends, as real numbe
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import subprocess
 import sys
-import tarfile
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from splitee import zoo
+from splitee import datasets, zoo
 from splitee.capture import capture
-from splitee.data import Dataset, Images, constants, draw_order, load
+from splitee.data import Dataset, draw_order, load
 from splitee.exits import Exit
+from splitee.fleet import DataTable
 from splitee.model import Network, Segment, Tail
 from splitee.ops import Array
 from splitee.quantize import quantize
@@ -55,32 +51,10 @@ class Plan:
 PLANS = {"digits": Plan(8, 8, 0.05, 1437), "cifar10-jpeg": Plan(16, 2, 0.05, 512)}
 
 
-def cifar(archive: Path, each: dict[str, int] | None = None) -> Dataset:
-    """CIFAR-10 (JPEG) from an archive in the layout of an ImageFolder.
-
-    each: how many images of a class to take of "train" and of "test"; None: all.
-    """
-    found: dict[str, list[tuple[str, Array]]] = {"train": [], "test": []}
-    taken: Counter[tuple[str, str]] = Counter()
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            *_, part, label, name = ("", "", *member.name.split("/"))
-            taken[part, label] += name.endswith(".jpg")
-            if not name.endswith(".jpg") or (each and taken[part, label] > each[part]):
-                continue
-            file = tar.extractfile(member)
-            assert file is not None
-            pixels = np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB"))
-            found[part].append((label, pixels))
-    classes = sorted({label for label, _ in found["train"]})
-    train, test = (
-        Images(
-            np.stack([pixels.transpose(2, 0, 1) for _, pixels in found[part]]),
-            np.array([classes.index(label) for label, _ in found[part]], np.uint8),
-        )
-        for part in ("train", "test")
-    )
-    return Dataset("cifar10-jpeg", train, test, len(classes), *constants(train))
+def cifar(archive: Path, samples: int | None = None, test_samples: int | None = None) -> Dataset:
+    """CIFAR-10 (JPEG) from an archive in the layout of an ImageFolder, or so many images of it."""
+    table = DataTable(name="folder", path=str(archive), samples=samples, test_samples=test_samples)
+    return replace(datasets.load(table), name="cifar10-jpeg")
 
 
 def network_input(data: Dataset, x: Array) -> Tensor:

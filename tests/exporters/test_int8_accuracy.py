@@ -49,7 +49,7 @@ def test_digits_lose_less_than_a_point(benchmark: ModuleType, norm: str) -> None
 @pytest.mark.skipif(ARCHIVE not in os.environ, reason=f"{ARCHIVE} does not say where it is")
 @pytest.mark.parametrize("norm", zoo.NORMS)
 def test_cifar10_loses_less_than_a_point(benchmark: ModuleType, norm: str) -> None:
-    images = benchmark.cifar(Path(os.environ[ARCHIVE]), {"train": 300, "test": 100})
+    images = benchmark.cifar(Path(os.environ[ARCHIVE]), 3000, 1000)
     for row in benchmark.rows(images, benchmark.Plan(8, 4, 0.02, 256), norm, seed=1):
         assert row["server_float"] > 20  # it has learnt: chance is 10, processors differ
         assert max(losses(row).values()) <= POINT, row

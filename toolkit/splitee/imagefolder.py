@@ -136,7 +136,8 @@ def _listed(path: Path, files: _Files, part: str, *, owned: bool) -> list[_Pictu
     layout = f"{part}/{'<client>/' if owned else ''}<class>/<picture>"
     depth = layout.count("/") + 1
     known = pixels.suffixes()
-    found, filled = [], set()
+    found: dict[tuple[str, ...], _Picture] = {}
+    filled = set()
     for number, name in enumerate(files.files):
         place = _within(name, part)
         if place is None or f".{name.rpartition('.')[2]}".lower() not in known:
@@ -146,7 +147,7 @@ def _listed(path: Path, files: _Files, part: str, *, owned: bool) -> list[_Pictu
                 'say partition = "folder"' if len(place) == depth + 1 and not owned else "move it"
             )
             raise DataError(f"{path}: {name} does not lie as {layout}: {cure}")
-        found.append(_Picture(number, place[1] if owned else "", place[-2]))
+        found[place] = _Picture(number, place[1] if owned else "", place[-2])
         filled.add(place[:-1])
     if not found:
         raise DataError(f"{path}: there are no images that lie as {layout}")
@@ -154,7 +155,7 @@ def _listed(path: Path, files: _Files, part: str, *, owned: bool) -> list[_Pictu
         place = _within(name, part)
         if place is not None and len(place) == depth - 1 and place not in filled:
             raise DataError(f"{path}: {name}: there are no images in it: add some, or remove it")
-    return found
+    return [picture for _, picture in sorted(found.items())]
 
 
 def _within(name: str, part: str) -> tuple[str, ...] | None:
