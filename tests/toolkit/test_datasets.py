@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import hashlib
 import io
 import os
@@ -242,23 +241,16 @@ def test_the_archive_of_cifar10_is_read_as_its_folder_would_be(tmp_path: Path) -
 # ---- torchvision's ----
 
 
-def of_python_2(folder: Path, name: str, content: dict[str, Any]) -> tuple[str, str]:
-    """A pickle as CIFAR's are, with align = 0 in its arrays. Returns its name and checksum."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = io.BytesIO()
-    pickler = pickle.Pickler(file, protocol=2)
-    pickler.dispatch_table = copyreg.dispatch_table.copy()
-    pickler.dispatch_table[type(np.dtype("u1"))] = lambda dtype: (np.dtype, (dtype.str[1:], 0, 1))
-    pickler.dump(content)
-    (folder / name).write_bytes(file.getvalue())
-    return name, hashlib.md5(file.getvalue()).hexdigest()
+def pickled(folder: Path, name: str, content: dict[str, Any]) -> tuple[str, str]:
+    """A pickle in the protocol of Python 2. Returns its name and checksum."""
+    return binary(folder, name, pickle.dumps(content, protocol=2))
 
 
-def binary(folder: Path, name: str, content: Array) -> tuple[str, str]:
+def binary(folder: Path, name: str, content: bytes) -> tuple[str, str]:
     """A file of bare bytes. Returns its name and checksum."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(content.tobytes())
-    return name, hashlib.md5(content.tobytes()).hexdigest()
+    (folder / name).write_bytes(content)
+    return name, hashlib.md5(content).hexdigest()
 
 
 Known = dict[str, Any]  # what torchvision's class knows of its files
@@ -271,10 +263,10 @@ def cifar10(root: Path, train: Images, test: Images) -> Known:
     def batch(name: str, images: Images) -> tuple[str, str]:
         content = {"batch_label": name, "labels": images.y.tolist(),
                    "data": images.x.reshape(len(images), 3072), "filenames": []}  # fmt: skip
-        return of_python_2(folder, name, content)
+        return pickled(folder, name, content)
 
     names = [f"class {i}" for i in range(10)]
-    meta = of_python_2(folder, "batches.meta", {"label_names": names, "num_vis": 3072})
+    meta = pickled(folder, "batches.meta", {"label_names": names, "num_vis": 3072})
     return {
         "train_list": [batch("data_batch_1", train[:half]), batch("data_batch_2", train[half:])],
         "test_list": [batch("test_batch", test)],
@@ -289,10 +281,10 @@ def cifar100(root: Path, train: Images, test: Images) -> Known:
     def batch(name: str, images: Images) -> tuple[str, str]:
         content = {"fine_labels": images.y.tolist(), "coarse_labels": [0] * len(images),
                    "data": images.x.reshape(len(images), 3072), "filenames": []}  # fmt: skip
-        return of_python_2(folder, name, content)
+        return pickled(folder, name, content)
 
     names = [f"class {i}" for i in range(100)]
-    meta = of_python_2(folder, "meta", {"fine_label_names": names, "coarse_label_names": []})
+    meta = pickled(folder, "meta", {"fine_label_names": names, "coarse_label_names": []})
     return {
         "train_list": [batch("train", train)],
         "test_list": [batch("test", test)],
@@ -306,11 +298,11 @@ def stl10(root: Path, train: Images, test: Images) -> Known:
 
     def part(name: str, images: Images) -> list[tuple[str, str]]:
         return [
-            binary(folder, f"{name}_X.bin", images.x.transpose(0, 1, 3, 2)),
-            binary(folder, f"{name}_y.bin", images.y + 1),
+            binary(folder, f"{name}_X.bin", images.x.transpose(0, 1, 3, 2).tobytes()),
+            binary(folder, f"{name}_y.bin", (images.y + 1).tobytes()),
         ]
 
-    unlabelled = binary(folder, "unlabeled_X.bin", train.x[:1])
+    unlabelled = binary(folder, "unlabeled_X.bin", train.x[:1].tobytes())
     (folder / "class_names.txt").write_text("".join(f"class {i}\n" for i in range(10)))
     return {
         "train_list": [*part("train", train), unlabelled],

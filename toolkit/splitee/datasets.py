@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,14 +83,11 @@ def _of_torchvision(table: DataTable) -> tuple[Images, Images, tuple[str, ...]]:
     try:
         if table.download:
             path.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            # numpy's, of a flag in the files of CIFAR, which were written by Python 2
-            warnings.filterwarnings("ignore", message=r".*align should be passed")
-            parts = [
-                make(path, **({"split": part} if stl else {"train": part == "train"}),
-                     download=table.download)
-                for part in ("train", "test")
-            ]  # fmt: skip
+        parts = [
+            make(path, **({"split": part} if stl else {"train": part == "train"}),
+                 download=table.download)
+            for part in ("train", "test")
+        ]  # fmt: skip
     except (OSError, RuntimeError) as error:  # a failed download is either
         cure = (
             f"download failed: {error}"

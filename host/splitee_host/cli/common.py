@@ -91,3 +91,21 @@ def image_shape(text: str) -> tuple[int, int, int]:
         raise SpliteeError(f"--input {text}: give 1 or 3 channels, height and width as 3x32x32")
     channels, height, width = (int(p) for p in parts)
     return channels, height, width
+
+
+def unaugmented(fleet: Fleet) -> list[str]:
+    """Which clients of a fleet with augmentations use their images as they are, for people."""
+    from splitee_host.boards import load_boards, look_up
+
+    if not fleet.data.augment:
+        return []
+    known = load_boards()
+    firmware = [c.name for c in fleet.client if look_up(known, c.board).firmware]
+    remote = [c.name for c in fleet.client if c.board == "python" and c.link is not None]
+    lines = []
+    if firmware:
+        lines.append(f"{', '.join(firmware)}: in firmware, so its images stay as they are")
+    if remote:
+        lines.append(f"{', '.join(remote)}: where ONNX Runtime trains, images stay as they are")
+    names = ", ".join(fleet.data.augment)
+    return [f"augment ({names}) is for clients in torch", *lines] if lines else []

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from splitee_host.cli.common import FleetFile, Json, app, assembly_of, new_console
+from splitee_host.cli.common import (
+    FleetFile,
+    Json,
+    app,
+    assembly_of,
+    new_console,
+    plain,
+    unaugmented,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -130,6 +138,8 @@ def plan(fleet_file: FleetFile, as_json: Json = False) -> None:
             "every cut: what is added where all cuts up to that one are built in (deepest = ...)",
             highlight=False,
         )
+        for line in unaugmented(assembly.fleet):
+            console.print(plain(line), highlight=False)
     for client in assembly.fleet.client:
         assembly.member(client.name)  # raises what keeps the fleet from training
 
