@@ -17,7 +17,7 @@ def draw(title: str, clients: Sequence[str], classes: Sequence[str], counts: Arr
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    height = min(max(2.6, 1.5 + 0.32 * len(clients)), 12)  # inches
+    height = min(max(2.6, 1.5 + 0.32 * len(clients)), 9)  # inches
     figure = Figure(figsize=(10, height), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -57,8 +57,10 @@ def _bars(axis, clients: Sequence[str], classes: Sequence[str], counts: Array) -
 
 def _map(figure, axis, clients, classes, counts: Array) -> None:  # type: ignore[no-untyped-def]
     """A square for each client and class; white: none."""
-    shown = np.ma.masked_equal(counts, 0)
-    image = axis.imshow(shown, aspect="auto", cmap="viridis_r", interpolation="nearest")
+    from matplotlib.colors import LogNorm
+
+    shown, norm = np.ma.masked_equal(counts, 0), LogNorm(1, max(2, counts.max()))
+    image = axis.imshow(shown, norm=norm, aspect="auto", cmap="YlGnBu", interpolation="nearest")
     figure.colorbar(image, ax=axis, label="training images", pad=0.01)
     axis.set_xlabel(f"class, of {len(classes)}")
     axis.set_ylabel(f"client, of {len(clients)}")

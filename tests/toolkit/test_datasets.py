@@ -77,7 +77,7 @@ def packed(folder: Path, name: str, prefix: str = "") -> Path:
 
 def test_a_folder_has_what_torchvisions_image_folder_reads(folder: Path) -> None:
     made = load("folder", folder)
-    assert (made.name, made.classes, made.class_names) == ("folder", 3, CLASSES)
+    assert (made.name, made.classes, made.class_names) == ("pictures", 3, CLASSES)
     assert made.shape == (3, 6, 5)
     (folder / "train" / "ant" / "._0.png").unlink()  # which it takes for a picture
     for part, found in (("train", made.train), ("test", made.test)):

@@ -72,7 +72,7 @@ def _of_folder(table: DataTable) -> Dataset:
         test=table.test_samples,
     )
     made = _fitted(table, album.train, album.test, album.class_names)
-    return replace(made, owners=album.owners)
+    return replace(made, name=_path(table).name, owners=album.owners)
 
 
 def _of_torchvision(table: DataTable) -> tuple[Images, Images, tuple[str, ...]]:

@@ -122,4 +122,4 @@ def _table(clients: list[str], classes: list[str], counts: Array, tested: Array)
 def _most(classes: list[str], row: Array) -> str:
     """The four classes that a client has most of, and their shares."""
     largest = (-row).argsort(kind="stable")[:4]
-    return ", ".join(f"{plain(classes[i])} {row[i] / row.sum():.0%}" for i in largest if row[i])
+    return ", ".join(f"{plain(classes[i])}: {row[i] / row.sum():.0%}" for i in largest if row[i])
