@@ -17,10 +17,12 @@ from safetensors.numpy import load_file
 from typer.main import get_group
 
 from host_harness import splitee
+from splitee import datasets
 from splitee.assemble_int8 import of_model
+from splitee.augment import Augmentation
 from splitee.codec import KINDS
 from splitee.data import Images
-from splitee.fleet import BuiltIn, Fleet, OptimizerTable
+from splitee.fleet import BuiltIn, DataTable, Fleet, OptimizerTable
 from splitee.steps import Levers
 from splitee_exporters.c import to_c
 from splitee_host import boards
@@ -137,6 +139,16 @@ def test_the_readme_has_every_setting_that_is_a_choice() -> None:
 def test_the_readme_names_every_setting_of_the_optimizer() -> None:
     named = {words.split(" = ")[0] for words in code(section(README, "A fleet file"))}
     assert set(OptimizerTable.model_fields) <= named
+
+
+def test_the_readme_names_every_setting_of_the_data_and_its_values() -> None:
+    named = {words.split(" = ")[0].strip('"') for words in code(section(README, "Data"))}
+    assert set(DataTable.model_fields) <= named
+    assert {*datasets.NAMES, *get_args(Augmentation)} <= named
+    partitions = get_args(DataTable.model_fields["partition"].annotation)
+    tables = section(README, "Data").split("| `partition` |")
+    assert [code(cells[0])[0].strip('"') for cells in rows(tables[1])] == list(partitions)
+    assert partitions[0] == DataTable().partition
 
 
 def test_the_readme_names_every_lever() -> None:

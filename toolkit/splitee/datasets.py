@@ -5,8 +5,6 @@ All lie in an order that is drawn once and for all, so that the first of them ar
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from splitee import data, imagefolder, pixels, vision
+from splitee import data, imagefolder, own, pixels, vision
 from splitee.data import Dataset, Images, constants, draw_order
 from splitee.errors import DataError
 from splitee.fleet import DataTable
@@ -108,17 +106,15 @@ def _of_torchvision(table: DataTable) -> tuple[Images, Images, tuple[str, ...]]:
 def _own(module: str, function: str) -> tuple[Images, Images]:
     """What a user's function returns: (x, y) to train on, and (x, y) to test on."""
     name = f'data "{module}:{function}"'
-    sys.path.insert(0, "")  # as python itself does: a module in the folder at hand is found
     try:
-        made = getattr(importlib.import_module(module), function)()
+        with own.folder_at_hand():  # what it imports as it runs, too
+            made = own.load(f"{module}:{function}")()
         (x, y), (test_x, test_y) = made
     except Exception as error:  # whatever a user's module raises
         raise DataError(
             f"{name} cannot be made: {type(error).__name__}: {error}; it takes nothing and returns "
             "(x, y), (test_x, test_y)"
         ) from error
-    finally:
-        sys.path.remove("")
     train, test = _checked(f"{name}: x", x, y), _checked(f"{name}: test_x", test_x, test_y)
     if train.x.shape[1:] != test.x.shape[1:]:
         raise DataError(
