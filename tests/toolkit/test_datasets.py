@@ -209,8 +209,36 @@ def test_a_path_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone: no such folder or archive: is the path right\?$"):
         load("folder", tmp_path / "gone")
     (tmp_path / "notes").write_text("no archive")
-    with pytest.raises(DataError, match="notes: neither a folder nor a tar archive"):
+    with pytest.raises(DataError, match="notes: neither a folder nor a whole tar archive"):
         load("folder", tmp_path / "notes")
+    with pytest.raises(DataError, match=r'^data "digits": it has no path, and no download: leave'):
+        load("digits", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["p.tar.gz", "p.tar.xz", "p.tar.bz2"])
+def test_an_archive_that_was_cut_short_is_not_taken(folder: Path, name: str) -> None:
+    archive = packed(folder, name)
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    with pytest.raises(DataError, match=f"{name}: neither a folder nor a whole tar archive: "):
+        load("folder", archive)
+
+
+def test_links_are_what_they_lead_to(folder: Path) -> None:
+    expected = load("folder", folder)
+    moved = folder.parent / "elsewhere"
+    (folder / "train" / "ant").rename(moved)
+    (folder / "train" / "ant").symlink_to(moved, target_is_directory=True)
+    (folder / "test" / "bee" / "0.png").unlink()
+    kept = folder / "kept.png"
+    (folder / "test" / "bee" / "1.png").rename(kept)
+    for name in ("0.png", "1.png"):
+        (folder / "test" / "bee" / name).hardlink_to(kept)
+    assert rows(load("folder", folder).train) == rows(expected.train)
+    (folder / "train" / "ant").unlink()
+    moved.rename(folder / "train" / "ant")
+    there, archived = load("folder", folder), load("folder", packed(folder, "p.tar"))
+    assert rows(there.test) == rows(archived.test)
+    assert len(there.test) == len(expected.test)
 
 
 @pytest.mark.skipif(ARCHIVE not in os.environ, reason=f"{ARCHIVE} does not say where it is")

@@ -35,6 +35,10 @@ def load(table: DataTable) -> Dataset:
     module, _, function = table.name.partition(":")
     if table.name == "folder":
         return _of_folder(table)
+    if table.name not in TORCHVISION and (table.path or table.download):
+        raise DataError(
+            f'data "{table.name}": it has no path, and no download: leave them out, or take another'
+        )
     if table.partition == "folder":
         raise DataError(
             f'partition = "folder": the folders of name = "folder" say whose images are whose, and '

@@ -6,9 +6,13 @@ the two; or, where the folders say whose the pictures are, ``train/<client>/<cla
 
 from __future__ import annotations
 
+import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -36,9 +40,12 @@ class _Files(Protocol):
 class _Folder:
     def __init__(self, path: Path) -> None:
         self._path = path
-        found = sorted(path.rglob("*"))
-        self.files = [p.relative_to(path).as_posix() for p in found if p.is_file()]
-        self.folders = [p.relative_to(path).as_posix() for p in found if p.is_dir()]
+        self.files: list[str] = []
+        self.folders: list[str] = []
+        for place, folders, files in os.walk(path, followlinks=True):
+            within = Path(place).relative_to(path)
+            self.folders += [(within / name).as_posix() for name in folders]
+            self.files += [(within / name).as_posix() for name in files]
 
     def opened(self, chosen: Sequence[int]) -> Iterator[tuple[int, Path]]:
         for i in chosen:
@@ -52,24 +59,26 @@ class _Archive:
         self._path = path
         with self._open() as tar:
             found = tar.getmembers()
-        self._members = [m for m in found if m.isfile()]
+        self._members = [m for m in found if m.isfile() or m.islnk() or m.issym()]
         self.files = [m.name.removeprefix("./") for m in self._members]
         self.folders = [m.name.removeprefix("./") for m in found if m.isdir()]
 
-    def _open(self) -> tarfile.TarFile:
+    @contextmanager
+    def _open(self) -> Iterator[tarfile.TarFile]:
         try:
-            return tarfile.open(self._path)
-        except (OSError, tarfile.TarError) as error:
+            with tarfile.open(self._path) as tar:
+                yield tar
+        except (OSError, EOFError, KeyError, tarfile.TarError, LZMAError, zlib.error) as error:
             raise DataError(
-                f"{self._path}: neither a folder nor a tar archive that can be read: {error}"
+                f"{self._path}: neither a folder nor a whole tar archive: {error}"
             ) from error
 
     def opened(self, chosen: Sequence[int]) -> Iterator[tuple[int, IO[bytes]]]:
         with self._open() as tar:
             for i in sorted(chosen, key=lambda i: self._members[i].offset):
                 file = tar.extractfile(self._members[i])
-                assert file is not None
-                yield i, file
+                if file is not None:  # not so of a link that leads to a folder
+                    yield i, file
 
 
 @dataclass(frozen=True)
