@@ -65,12 +65,10 @@ def test_flip_mirrors_about_every_other_image_as_torchvision_does() -> None:
     assert 420 < is_mirrored.sum() < 580  # five standard deviations
 
 
-def test_crop_and_flip_are_drawn_apart() -> None:
-    x = images(1).repeat(2000, 0)
-    down = [bool(image[0, 0].any()) for image in augmented(x, ["crop"], START)]
-    both = augmented(x, ["crop", "flip"], START)
-    unflipped = (both == augmented(x, ["crop"], START)).all((1, 2, 3))
-    assert abs(np.corrcoef(down, unflipped)[0, 1]) < 0.12  # five standard deviations
+def test_each_name_of_the_list_is_drawn_apart() -> None:
+    x = images(1000)
+    twice = augmented(x, ["flip", "flip"], START)
+    assert 420 < (twice == x).all((1, 2, 3)).sum() < 580  # five standard deviations
 
 
 @given(st.integers(0, 60), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1),
