@@ -24,6 +24,7 @@ gradient = "both"
 exit_weight = 0.25
 aggregate = "all"
 exits = "upto"
+distill = 0.5
 period = 2
 entropy = 0.4
 rejoin_within = 1.5
@@ -91,7 +92,7 @@ def test_a_good_file_says_what_it_says() -> None:
     assert fleet.model_dump() == {
         "name": "two-tiers", "seed": 3, "rounds": 4, "batch": 8, "local_steps": None,
         "strategy": "sequential", "gradient": "both", "exit_weight": 0.25, "aggregate": "all",
-        "exits": "upto", "period": 2,
+        "exits": "upto", "distill": 0.5, "period": 2,
         "entropy": 0.4, "auth": "auto", "rejoin_within": 1.5,
         "round_deadline": 60.0, "participation": 0.75, "min_clients": 2,
         "model": {"name": "resnet20", "width": 8, "norm": "group", "batch_norm": "frozen"},
@@ -124,11 +125,11 @@ def test_a_good_file_says_what_it_says() -> None:
     assert [c.coding for c in fleet.client] == [Coding("top-k", "int8", 0.25), PLAIN]
     assert [c.narrowing for c in fleet.client] == [Bottleneck(3, 2), None]
     assert [fleet.unsure(c) for c in fleet.client] == [0.4, None]
-    board = Settings(0.02, 0.0, 1e-4, exit_weight=0.125, server_weight=0.875, clip=2.0)
-    edge = Settings(0.1, 0.0, 1e-4, 0.0, 1.0, clip=2.0, adamw=AdamW(0.8, 0.99, 1e-6))
+    board = Settings(0.02, 0.0, 1e-4, exit_weight=0.125, server_weight=0.875, clip=2.0, distill=0.5)
+    edge = Settings(0.1, 0.0, 1e-4, 0.0, 1.0, 2.0, AdamW(0.8, 0.99, 1e-6), distill=0.5)
     assert [fleet.settings(c) for c in fleet.client] == [board, edge]
     assert fleet.server_settings == replace(
-        edge, learning_rate=0.3, exit_weight=1.0, server_weight=0.0
+        edge, learning_rate=0.3, exit_weight=1.0, server_weight=0.0, distill=0.0
     )
     assert fleet.rules == Rules(
         8, None, "all", 2, fleet.rate, rejoin_within=1.5, round_deadline=60.0, participation=0.75,

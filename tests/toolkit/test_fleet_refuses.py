@@ -12,8 +12,8 @@ from splitee.fleet import read
 CLIENT = '[[client]]\nname = "one"\n'
 KEYS = {
     "": "name, seed, rounds, batch, local_steps, strategy, gradient, exit_weight, aggregate, "
-    "exits, period, entropy, participation, min_clients, auth, rejoin_within, round_deadline, "
-    "model, data, optimizer, client",
+    "exits, distill, period, entropy, participation, min_clients, auth, rejoin_within, "
+    "round_deadline, model, data, optimizer, client",
     "model": "name, width, norm, batch_norm",
     "data": (
         "name, path, download, size, samples, test_samples, augment, partition, alpha, "
@@ -106,6 +106,17 @@ BAD = {
         [
             "6: optimizer.kind: Input should be 'sgd' or 'adamw', not 'lion'",
             "4: client[0].optimizer: Input should be 'sgd' or 'adamw', not 'adam'",
+        ],
+    ),
+    "more-than-all-of-it": (
+        f'name = "x"\nexits = "upto"\ndistill = 1.5\n{CLIENT}',
+        ["3: distill: Input should be less than or equal to 1, not 1.5"],
+    ),
+    "nobody-to-learn-from-the-deepest": (
+        f'name = "x"\ndistill = 0.5\n{CLIENT}',
+        [
+            '2: distill: with exits = "own" a client has no shallower exit that could learn from '
+            'its deepest: take exits = "upto", or 0.0'
         ],
     ),
     "no-such-codec": (

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from splitee import optimizer, step
@@ -16,7 +15,7 @@ from splitee.augment import augmented
 from splitee.codec import PLAIN, Codec, Coding
 from splitee.data import Images, Shard
 from splitee.errors import NotFinite
-from splitee.exits import entropy
+from splitee.exits import entropy, losses
 from splitee.model import Segment
 from splitee.norms import frozen_norms
 from splitee.ops import Array
@@ -305,21 +304,20 @@ class LocalClient:
         self._kept.keep(self.segment)
         points = self.segment.trunk(self._input(images))
         exit_weight = self.settings.exit_weight
-        loss = torch.zeros((), device=self.device)
-        for head, point in zip(self.segment.exits, points, strict=True):
-            x = _weighted(point, exit_weight) if exit_weight else point.detach()
-            logits = head(x)
-            own = F.cross_entropy(logits, labels, reduction="sum") / batch
-            loss = loss + own
-        self._loss += own.item()
-        self._correct += int((logits.argmax(1) == labels).sum())
-        self.logits, activations = logits.detach(), points[-1].detach()
+        logits = [
+            head(_weighted(point, exit_weight) if exit_weight else point.detach())
+            for head, point in zip(self.segment.exits, points, strict=True)
+        ]
+        each = [loss / batch for loss in losses(logits, labels, self.settings.distill)]
+        self._loss += each[-1].item()
+        self._correct += int((logits[-1].argmax(1) == labels).sum())
+        self.logits, activations = logits[-1].detach(), points[-1].detach()
         size, sent = len(part), None  # a label is a byte
         if self.unsure is not None:
             sent = unsure_of(self.logits, self.unsure)
             activations, labels = activations[sent], labels[sent]
-            size += 4 * logits.numel()  # by which the host chooses
-        self._pass = _Pass(points[-1], loss, sent)
+            size += 4 * self.logits.numel()  # by which the host chooses
+        self._pass = _Pass(points[-1], torch.stack(each).sum(), sent)
         arrived, coded = _through(self.coding.up(points[-1][0].numel()), activations)
         self.traffic.activations_up += size + coded
         self.traffic.up += size + coded

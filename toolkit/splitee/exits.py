@@ -1,10 +1,12 @@
-"""Early exits: the head on top of a cut, and how sure it is."""
+"""Early exits: the head on top of a cut, what it learns from, and how sure it is."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 GRID = 4
@@ -31,6 +33,23 @@ class Exit(nn.Module):
 
     def forward(self, activations: Tensor) -> Tensor:
         return self.linear(self.flatten(self.pool(activations)))  # type: ignore[no-any-return]
+
+
+def losses(logits: Sequence[Tensor], labels: Tensor, distill: float = 0.0) -> list[Tensor]:
+    """What each of a client's exits learns from, the deepest last: summed over the samples.
+
+    logits: (samples, classes) of each. The deepest learns from the labels, by cross-entropy. Of the
+    others' targets its softmax is the share distill: their loss is (1 - distill) x cross-entropy
+    + distill x KL(deepest || own), but for a constant (Hinton et al., "Distilling the Knowledge in
+    a Neural Network", 2015, at temperature 1). Nothing of that comes back to the deepest.
+    """
+    targets = [labels] * len(logits)
+    if distill:
+        deepest = logits[-1].detach().softmax(1)
+        onehot = F.one_hot(labels, deepest.shape[1]).to(deepest.dtype)
+        soft = torch.lerp(onehot, deepest, distill)
+        targets[:-1] = [soft] * (len(logits) - 1)
+    return [F.cross_entropy(z, t, reduction="sum") for z, t in zip(logits, targets, strict=True)]
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -182,6 +182,8 @@ class Fleet(_Table):
     exit_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     aggregate: Literal["server", "all"] = "server"
     exits: Literal["own", "upto"] = "own"
+    # share of the softmax of a client's deepest exit in what its shallower exits learn from
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0
     period: Annotated[int, Field(ge=1)] = 1  # rounds between two aggregations
     entropy: Annotated[float, Field(ge=0, le=1)] = 0.5  # an exit answers up to this
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of clients drawn for a round
@@ -217,6 +219,16 @@ class Fleet(_Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_exits_to_teach(self) -> Fleet:
+        if self.distill and self.exits == "own":
+            raise _fault(
+                'with exits = "own" a client has no shallower exit that could learn from its '
+                'deepest: take exits = "upto", or 0.0',
+                "distill",
+            )
+        return self
+
     @field_validator("strategy")
     @classmethod
     def _is_a_strategy(cls, strategy: str) -> str:
@@ -235,7 +247,7 @@ class Fleet(_Table):
         exits, server = trunk_weights(gradient, exit_weight)
         rate = client.learning_rate or self.optimizer.rate
         settings = self._settings(client.optimizer or self.optimizer.kind, rate)
-        return replace(settings, exit_weight=exits, server_weight=server)
+        return replace(settings, exit_weight=exits, server_weight=server, distill=self.distill)
 
     @property
     def server_settings(self) -> Settings:

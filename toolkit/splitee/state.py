@@ -28,6 +28,7 @@ class Settings:
     server_weight: float = 0.0  # of the server's gradient in the trunk
     clip: float = 0.0  # largest norm of all gradients of a step together; 0: any
     adamw: AdamW | None = None  # None: SGD, all that a device learns by
+    distill: float = 0.0  # share of the deepest exit's answer in what the shallower learn from
 
     @property
     def wants_gradient(self) -> bool:
