@@ -88,7 +88,7 @@ def _joins() -> nn.Module:
 
 @cache
 def segment(target: str) -> Build:
-    """The segment of a target: "device" moves its cut, "lean" has every lever."""
+    """The segment of a target: "device" moves its cut and distils, "lean" has every lever."""
     torch.manual_seed(1)
     network = Network({"device": _layers, "lean": _joins}[target](), (1, 4, 4))
     cuts = network.cuts[:2]
@@ -103,6 +103,7 @@ def segment(target: str) -> Build:
         scale=(1 / 64,),
         shift=(-2.0,),
         moves=moves,
+        distills=moves,
         levers=Levers() if moves else levers,
     )
 
@@ -217,7 +218,8 @@ def _conversation(name: str) -> list[bytes]:
     size = built.record_size
     moves = built.moves
     hello = Request(m.Hello.CODE, m.Hello(m.schema(), 1).pack(), SESSION)
-    settings = m.Settings(0.1, 0.9 if moves else 0.0, 0.01, 0.5, 0.5, 1.0 if moves else 0.0)
+    more = (0.9, 1.0, 0.25) if moves else (0.0, 0.0, 0.0)  # momentum, clip, distill
+    settings = m.Settings(0.1, more[0], 0.01, 0.5, 0.5, *more[1:])
     records = b"".join(bytes([i % 3, *range(i, i + size - 1)]) for i in range(built.samples_max))
     weights = built.graph.flatten(built.graph.weights).astype("<f4").tobytes()
     start: list[m.Message | Request] = [hello, settings]
@@ -256,7 +258,7 @@ def _conversation(name: str) -> list[bytes]:
         [*start, Request(m.Stats.CODE, b"", DAMAGED), m.Stats()],
         [*start, *batch, Request(m.Step.CODE, b"", REPEATED), m.Stats()],
         [*start, Request(m.Step.CODE, b"", LATE), Request(m.Step.CODE, b"", EARLY), *batch],
-        [*start, m.Settings(float("inf"), 0, 0, float("nan"), 1e38, 0), *batch, *batch],
+        [*start, m.Settings(float("inf"), 0, 0, float("nan"), 1e38, 0, 0), *batch, *batch],
         [*start, Request(0, bytes.fromhex("05 0b 01 01 01 00"), RAW), m.Stats()],
         [hello, m.Place(65535, 65535, 0, 0, 0), m.Place(7, 7, 1, 0xFFFFFFFF, 1), *ends],
     ]

@@ -142,6 +142,7 @@ def case(
     samples: int = 24,
     momentum: bool = True,
     moves: bool = False,
+    distills: bool = False,
     levers: Levers = NO_LEVERS,
     bottleneck: Bottleneck | None = None,
 ) -> Case:
@@ -178,6 +179,7 @@ def case(
         scale=(1 / 64,) * channels,
         shift=(-2.0,) * channels,
         moves=moves,
+        distills=distills,
         levers=levers,
     )
     rng = np.random.default_rng(3)

@@ -114,6 +114,8 @@ class _Writer:
                 return []
             case "weigh":
                 return [self.weigh(step)]
+            case "distill":
+                return [self.distill(step)]
             case "loss" | "loss_backward":
                 return [*self.clears(step), self.loss(step)]
         assert step.op is not None
@@ -175,6 +177,12 @@ class _Writer:
         return (
             f"softmax_cross_entropy_forward({p}, {self.told(step)}, {self.at(step, logits)}, {rest}"
         )
+
+    def distill(self, step: Step) -> str:
+        """An exit's softmax, with another's made part of what it learns from."""
+        (p,), (teacher,) = step.adds, step.reads
+        rest = f"pass->labels, pass->settings->distill, {self.graph.classes}, n)"
+        return f"softmax_distill({self.buffer(p)}, {self.buffer(teacher)}, {rest}"
 
     def told(self, step: Step) -> str:
         """Where a loss and its count go: those of the exit at the cut are the pass's."""
@@ -415,6 +423,7 @@ class _Writer:
             *(['#include "core/fused.h"'] if build.levers.fused_update else []),
             '#include "kernels/fast/fast.h"',
             '#include "kernels/kernels.h"',
+            *(['#include "protocol/messages.h"'] if build.distills else []),
             "",
             f"// {plan.size} bytes planned; {plan.lower_bound} are alive at once at most.",
             f"static _Alignas({ALIGNMENT}) float arena[{plan.size // 4}];",
@@ -434,6 +443,7 @@ class _Writer:
             f"    .capacity = {build.capacity},",
             f"    .classes = {graph.classes},",
             "    .value_size = sizeof(float),",
+            *(["    .distills = 1,"] if build.distills else []),
             f"    .cuts = {len(build.stages)},",
             f"    .infer_end = {build.schedule.infer_end},",
             f"    .forward_end = {build.schedule.forward_end},",

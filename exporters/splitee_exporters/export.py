@@ -67,6 +67,10 @@ class Subject(Protocol):
     def learning_rate(self) -> float:
         """Of the step that ``learnt`` has taken."""
 
+    @property
+    def distill(self) -> float:
+        """What share of it is distilled."""
+
     def answers(self, images: Array, *, exact: bool = False) -> dict[str, Array]:
         """Activations and logits of uint8 images; exact: computed in float64."""
 
@@ -174,7 +178,14 @@ def _training(subject: Subject) -> tuple[File, Mapping[str, bytes]]:
     learnt, allowed = _learnt(subject)
     made = dict(onnx_train.client_files(build))
     verified = onnx_train.verify(
-        made, variant, batch, learnt, subject.learning_rate, "PyTorch", tolerance=allowed
+        made,
+        variant,
+        batch,
+        learnt,
+        subject.learning_rate,
+        "PyTorch",
+        distill=subject.distill,
+        tolerance=allowed,
     )
     interface = {
         "opset": onnx.OPSET,
@@ -232,7 +243,9 @@ def _c_train(subject: Subject, options: Options) -> tuple[File, Mapping[str, byt
     allowed = _allowed(expected, subject.answers(images))
     samples = subject.samples
     learnt, allowed_learning = _learnt(subject)
-    made = library_train.to_library(subject.build, options.firmware, samples)
+    made = library_train.to_library(
+        subject.build, options.firmware, samples, distill=subject.distill
+    )
     verified = library_train.verify(
         made,
         Images(images, samples.y[:CHECKED]),
@@ -240,6 +253,7 @@ def _c_train(subject: Subject, options: Options) -> tuple[File, Mapping[str, byt
         learnt,
         subject.learning_rate,
         "PyTorch",
+        distill=subject.distill,
         tolerance=allowed,
         learning_tolerance=allowed_learning,
     )

@@ -62,27 +62,33 @@ class Library:
         return File("src/segment.c", self.files["src/segment.c"], graph, interface, verified)
 
 
-def to_library(build: Build, firmware: Path, samples: Images) -> Library:
+def to_library(build: Build, firmware: Path, samples: Images, *, distill: float = 0.0) -> Library:
     """The library of a segment up to the build's deepest cut.
 
     firmware: the folder of the firmware's sources. samples: for the example; as many as two batches
-    take are used. Raises ModelError, naming the operation, for a kind that has no kernel.
+    take are used. distill: the share with which that learns. Raises ModelError, naming the
+    operation, for a kind that has no kernel.
     """
     build = replace(build, samples_max=0)
     generated = {
         "src/segment.c": to_c(build),
-        "examples/train/main.c": _example(build, samples.x, samples.y),
+        "examples/train/main.c": _example(build, samples.x, samples.y, distill),
     }
     return Library(
         build, files(firmware, generated, _read_me(build), ABOUT, includes="core/trainer.h")
     )
 
 
-def _example(build: Build, images: Array, labels: Array) -> str:
+def _example(build: Build, images: Array, labels: Array, distill: float) -> str:
     batch = min(build.capacity, len(images))
     count = min(2, len(images) // batch) * batch
     size = build.graph.elements(build.graph.input)
     momentum = 0.9 if build.momentum else 0.0
+    share = (
+        f"    .distill = {distill}f, // of the deepest exit's answers in what the others learn\n"
+        if build.distills
+        else ""
+    )
     shown = "\n".join(f"    {{{literals(image)}}}," for image in images[:count])
     return f"""\
 // main.c: trains the segment on a few images, then answers them: a place to begin.
@@ -108,7 +114,7 @@ static const struct message_settings settings = {{
     .learning_rate = 0.05f,
     .momentum = {momentum}f,
     .exit_weight = 1.0f, // of the exit's loss in what the layers below it learn
-}};
+{share}}};
 
 // Trains one batch; returns its loss before the step, or -1 where a value was not finite.
 static float train(size_t first) {{
@@ -187,7 +193,11 @@ _CHECK = """\
 #include "core/trainer.h"
 #include "protocol/messages.h"
 
-static const struct message_settings settings = {.learning_rate = RATE, .exit_weight = 1.0f};
+static const struct message_settings settings = {
+    .learning_rate = RATE,
+    .exit_weight = 1.0f,
+    .distill = DISTILL,
+};
 
 static void put(const float *values, size_t size) {
     if (fwrite(values, sizeof *values, size, stdout) != size) {
@@ -236,6 +246,7 @@ def verify(
     rate: float,
     against: str,
     *,
+    distill: float = 0.0,
     tolerance: float = TOLERANCE,
     learning_tolerance: float = LEARNING_TOLERANCE,
 ) -> Verified:
@@ -243,15 +254,17 @@ def verify(
 
     samples: what it answers, one at a time: expected are the activations and logits. Of the
     first of them, as many as it holds are one batch; learnt are the weights after one step of plain
-    SGD at that rate. against: where these come from, for the manifest. Raises ExportError, naming
-    the tensor, where one is off by more than the tolerance, MissingTool without a compiler.
+    SGD at that rate, with that share distilled. against: where these come from, for the manifest.
+    Raises ExportError, naming the tensor, where one is off by more than the tolerance, MissingTool
+    without a compiler.
     """
     build, graph = library.build, library.build.graph
     trained = min(build.capacity, len(samples))
     records = np.column_stack([samples.y, samples.x.reshape(len(samples), -1)])
     given = records.tobytes() + records[:trained].tobytes()
     counts = {"ANSWERED": str(len(samples)), "TRAINED": str(trained)}
-    said = run(library.files, _CHECK, given, counts | {"RATE": f"{float(rate).hex()}f"})
+    reals = {"RATE": f"{float(rate).hex()}f", "DISTILL": f"{float(distill).hex()}f"}
+    said = run(library.files, _CHECK, given, counts | reals)
     values = np.frombuffer(said, np.float32)
     sizes = graph.elements(graph.cut), graph.elements(graph.logits)
     answers = values[: len(samples) * sum(sizes)].reshape(len(samples), sum(sizes))

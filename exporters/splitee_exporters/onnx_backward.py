@@ -24,8 +24,12 @@ class Backward(Nodes):
     What it reads of the forward pass is noted in ``kept``, by name, for that to give.
     """
 
-    def __init__(self, graph: Graph, outputs: Mapping[str, str], input: str) -> None:
+    def __init__(
+        self, graph: Graph, outputs: Mapping[str, str], input: str, *, distills: bool = False
+    ) -> None:
+        """distills: the exit at the cut can teach those below."""
         super().__init__(graph, outputs, input)
+        self.distills = distills
         self.kept: dict[str, Any] = {}
         self._parts: dict[str, list[str]] = {}  # tensor -> what its gradient is the sum of
 
@@ -47,7 +51,7 @@ class Backward(Nodes):
     def inputs(self) -> list[Any]:
         """What it takes."""
         graph = self.graph
-        scalars = (edge.BATCH, "exit_weight", "server_weight")
+        scalars = (edge.BATCH, "exit_weight", "server_weight", "distill")
         return [
             *self.kept.values(),
             helper.make_tensor_value_info(edge.LABELS, _INT64, ["batch"]),
@@ -97,12 +101,19 @@ class Backward(Nodes):
 
     def _loss(self, exit: str, logits: str) -> None:
         name = f"{logits}.loss"
-        p = self.value("Softmax", f"{name}.softmax", self._tensor(logits), axis=1)
+        p = self._softmax(logits)
         classes = self.constant("classes", np.array(self.graph.classes, np.int64))
         off_on = self.constant("off and on", np.array([0, 1], np.float32))
         wanted = self.value("OneHot", f"{name}.wanted", edge.LABELS, classes, off_on)
+        if self.distills and logits != self.graph.logits:
+            apart = self.value("Sub", f"{name}.apart", self._softmax(self.graph.logits), wanted)
+            share = self.value("Mul", f"{name}.share", apart, "distill")
+            wanted = self.value("Add", f"{name}.softer", wanted, share)
         difference = self.value("Sub", f"{name}.difference", p, wanted)
         self._add(logits, self.value("Div", f"{name}.gradient", difference, edge.BATCH))
+
+    def _softmax(self, logits: str) -> str:
+        return self.once("Softmax", f"{logits}.loss.softmax", self._tensor(logits), axis=1)
 
     def branch(self, op: Op, d: str) -> None:
         if self._wants(op):

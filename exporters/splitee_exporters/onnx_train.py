@@ -66,7 +66,7 @@ def training_graphs(build: Build, variant: edge.Variant) -> dict[str, bytes]:
     Raises ModelError, naming the operation, for a kind that has no node.
     """
     graph = variant.graph
-    backward = Backward(graph, _outputs(graph), INPUT)
+    backward = Backward(graph, _outputs(graph), INPUT, distills=build.distills)
     backward.operations()
     return {
         "infer": _infer(build, variant.exit),
@@ -304,13 +304,14 @@ def verify(
     rate: float,
     against: str,
     *,
+    distill: float = 0.0,
     tolerance: float = LEARNING_TOLERANCE,
 ) -> Verified:
     """Takes one step of plain SGD by a cut's graphs in ONNX Runtime, and compares the weights.
 
     files: a client's. samples: one batch. learnt: the weights after a step at that rate from the
-    exits' loss. against: where these come from, for the manifest. Raises ExportError, naming the
-    weight, where one is off by more than the tolerance.
+    exits' loss, with that share distilled. against: where these come from, for the manifest. Raises
+    ExportError, naming the weight, where one is off by more than the tolerance.
     """
     graph = variant.graph
     values: dict[str, Array] = {
@@ -320,7 +321,7 @@ def verify(
         edge.SERVER_GRADIENT: np.zeros((len(samples), *graph.shapes[graph.cut]), np.float32),
     }
     numbers = {**dict.fromkeys(edge.SETTINGS, 0.0), "learning_rate": rate, "exit_weight": 1.0}
-    numbers |= {edge.BATCH: len(samples), edge.SEEN: 0}
+    numbers |= {"distill": distill, edge.BATCH: len(samples), edge.SEEN: 0}
     values |= {name: np.array(number, np.float32) for name, number in numbers.items()}
     for name, value in graph.parameters.items():
         values[edge.before(edge.gradient(name))] = np.zeros_like(value)

@@ -241,6 +241,10 @@ static void on_settings(const uint8_t *body, size_t size) {
         refuse(ERROR_LOCAL_ONLY, 0);
         return;
     }
+    if (m.distill != 0.0f && !segment.distills) {
+        refuse(ERROR_NO_DISTILL, 0);
+        return;
+    }
     settings = m;
     done();
 }

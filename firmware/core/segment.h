@@ -32,13 +32,14 @@ struct pass {
     uint8_t upto;          // whether all exits up to the cut learn, or only the one at it
     float loss;       // out, added to: cross-entropy of the exit at the cut, in the batch's mean
     uint32_t correct; // out, added to: samples that this exit classified correctly
-    const struct message_settings *settings; // what layers learn with that learn at once
+    const struct message_settings *settings; // what steps learn with
     uint8_t failed; // out: such a layer found a gradient that is not finite
     uint32_t bad;   // out, then: the first such parameter
 };
 
-// Where a step belongs: the stage, and when it runs.
-enum { STEP_TRUNK, STEP_EXIT, STEP_CUT }; // always, with the exit, only where the stage is the last
+// Where a step belongs: the stage, and when it runs: always, with the exit, only where the stage is
+// the last, and only where all exits up to that learn, too.
+enum { STEP_TRUNK, STEP_EXIT, STEP_CUT, STEP_UPTO };
 
 struct step {
     uint8_t stage;
@@ -68,6 +69,7 @@ struct segment {
     uint16_t capacity;  // samples held at once
     uint16_t classes;   // labels are below this
     uint8_t value_size; // bytes of an element of input, activations and logits: 4, float; 1, int8
+    uint8_t distills;   // whether the exit at the cut can teach those below
     uint16_t cuts;      // stages that the cut can be at the end of
     uint16_t infer_end, forward_end, backward_end, step_end;
     uint16_t channels;          // of the input

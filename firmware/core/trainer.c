@@ -12,8 +12,8 @@ static int takes_part(struct step step, const struct pass *pass) {
         return step.stage <= pass->cut;
     case STEP_EXIT:
         return step.stage <= pass->cut && step_exit_learns(step.stage, pass->cut, pass->upto);
-    default: // STEP_CUT
-        return step.stage == pass->cut;
+    default: // STEP_CUT, STEP_UPTO
+        return step.stage == pass->cut && (step.part == STEP_CUT || pass->upto);
     }
 }
 

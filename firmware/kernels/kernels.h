@@ -117,6 +117,10 @@ void avg_pool_backward(float *dx, const float *dy, const struct window *s, size_
 // of samples whose largest logit is the label to *correct (either pointer may be NULL).
 void softmax_cross_entropy_forward(float *p, float *loss, uint32_t *correct, const float *logits,
                                    const uint8_t *labels, float scale, size_t classes, size_t n);
+// Takes another softmax as the teacher of p: with it, backward below has the targets
+// (1 - share) * onehot(label) + share * teacher.
+void softmax_distill(float *p, const float *teacher, const uint8_t *labels, float share,
+                     size_t classes, size_t n);
 // dlogits += (p - onehot(label)) * scale
 void softmax_cross_entropy_backward(float *dlogits, const float *p, const uint8_t *labels,
                                     float scale, size_t classes, size_t n);

@@ -32,6 +32,16 @@ void softmax_cross_entropy_forward(float *p, float *loss, uint32_t *correct, con
     }
 }
 
+void softmax_distill(float *p, const float *teacher, const uint8_t *labels, float share,
+                     size_t classes, size_t n) {
+    for (size_t sample = 0; sample < n; sample++, p += classes, teacher += classes) {
+        for (size_t i = 0; i < classes; i++) {
+            p[i] -= share * teacher[i];
+        }
+        p[labels[sample]] += share;
+    }
+}
+
 void softmax_cross_entropy_backward(float *dlogits, const float *p, const uint8_t *labels,
                                     float scale, size_t classes, size_t n) {
     for (size_t sample = 0; sample < n; sample++, p += classes, dlogits += classes) {

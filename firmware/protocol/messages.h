@@ -10,7 +10,7 @@
 #include "protocol/bytes.h"
 
 // CRC-32 of the whole schema: two ends with the same number speak the same wire.
-#define MESSAGES_SCHEMA 0x568D546Du
+#define MESSAGES_SCHEMA 0x11269596u
 
 enum region {
     REGION_WEIGHTS = 0,
@@ -56,6 +56,7 @@ enum error {
     ERROR_BAD_CODEC = 17,
     ERROR_BAD_CODE = 18,
     ERROR_INFERS_ONLY = 19,
+    ERROR_NO_DISTILL = 20,
 };
 
 #define NOT_FINITE_LOSS 0xFFFFFFFFu
@@ -77,7 +78,7 @@ static inline void message_hello_unpack(struct message_hello *m, const uint8_t *
 
 // Settings: Hyper-parameters from now on, and what the trunk learns from.
 #define MESSAGE_SETTINGS 0x02u
-#define MESSAGE_SETTINGS_SIZE 24u
+#define MESSAGE_SETTINGS_SIZE 28u
 #define MESSAGE_SETTINGS_TAIL 0
 
 struct message_settings {
@@ -87,6 +88,7 @@ struct message_settings {
     float exit_weight;
     float server_weight;
     float clip;
+    float distill;
 };
 
 static inline void message_settings_unpack(struct message_settings *m, const uint8_t *body) {
@@ -96,6 +98,7 @@ static inline void message_settings_unpack(struct message_settings *m, const uin
     m->exit_weight = bytes_get_f32(body + 12);
     m->server_weight = bytes_get_f32(body + 16);
     m->clip = bytes_get_f32(body + 20);
+    m->distill = bytes_get_f32(body + 24);
 }
 
 // Place: Where the client stands: samples held, place in its data order, steps taken.

@@ -130,9 +130,8 @@ class Device(Remote):
 
     def _send_settings(self) -> None:
         s = self._settings
-        message = m.Settings(
-            s.learning_rate, s.momentum, s.weight_decay, s.exit_weight, s.server_weight, s.clip
-        )
+        trunk = s.exit_weight, s.server_weight
+        message = m.Settings(s.learning_rate, s.momentum, s.weight_decay, *trunk, s.clip, s.distill)
         self.request(message, m.Done)
 
     def set_rate(self, rate: float) -> None:

@@ -22,6 +22,7 @@ _WORDS: dict[int, str] = {
     m.Error.NOT_WHOLE: "its updates are fused: a batch is one part of at most {detail} samples",
     m.Error.NO_CLIP: "its updates are fused: it cannot clip; take no clip, or fused_update = false",
     m.Error.LOCAL_ONLY: "it was built with local_only: it has no room for the server's gradient",
+    m.Error.NO_DISTILL: "it was built without distill: run `splitee build` with distill > 0",
     m.Error.BAD_CODEC: "it has no codec {detail} for samples of this size: run `splitee build`",
     m.Error.BAD_CODE: "the coded gradient of sample {detail} is no code",
     m.Error.INFERS_ONLY: "it answers images only, in 8 bits: run `splitee build` without --int8",

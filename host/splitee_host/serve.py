@@ -260,8 +260,11 @@ class _Server:
     def _settings(self, s: m.Settings) -> None:
         if s.momentum and not self._build.momentum:
             raise _Refusal(m.Error.NO_MOMENTUM)
+        if s.distill and not self._build.distills:
+            raise _Refusal(m.Error.NO_DISTILL)
+        trunk = s.exit_weight, s.server_weight
         self._learner.settings = Settings(
-            s.learning_rate, s.momentum, s.weight_decay, s.exit_weight, s.server_weight, s.clip
+            s.learning_rate, s.momentum, s.weight_decay, *trunk, s.clip, distill=s.distill
         )
 
     def _on_place(self, place: Place) -> None:

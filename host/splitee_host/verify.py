@@ -211,18 +211,22 @@ def step_in_torch(
 
     tensors: dict[str, Tensor] = {}
     points = _Recorder(segment.trunk, tensors).run(x)
-    returned = []
+    logits = []
     for prefix, head, point in zip(segment.exit_prefixes, segment.exits, points, strict=True):
-        entered = y = point.detach().requires_grad_()
-        tensors[prefix] = entered
+        tensors[prefix] = y = point.detach().requires_grad_()
         for child_name, child in head.named_children():
             y = child(y)
             y.retain_grad()
             tensors[f"{prefix}.{child_name}"] = y
-        loss = F.cross_entropy(y, labels)
-        torch.autograd.backward(loss)
-        assert entered.grad is not None
-        returned.append(settings.exit_weight * entered.grad)
+        logits.append(y)
+    losses = [F.cross_entropy(y, labels) for y in logits]
+    loss, teacher = losses[-1], F.log_softmax(logits[-1].detach(), 1)
+    for number, y in enumerate(logits[:-1]):
+        own = F.log_softmax(y, 1)
+        apart = F.kl_div(own, teacher, reduction="batchmean", log_target=True)
+        losses[number] = (1 - settings.distill) * losses[number] + settings.distill * apart
+    torch.autograd.backward(losses)
+    returned = [settings.exit_weight * _gradient(tensors[p]) for p in segment.exit_prefixes]
     if sent is not None:
         returned[-1] = returned[-1] + settings.server_weight * sent.double()
     torch.autograd.backward(points, returned)
@@ -251,6 +255,11 @@ def step_in_torch(
             f"momentum of {n}": optimizer.state[p]["momentum_buffer"] for n, p in parameters.items()
         }
     return {name: value.detach().numpy() for name, value in result.items()}
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def _fixed(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:

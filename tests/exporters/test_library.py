@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import step_harness
 from splitee import data, zoo
 from splitee.capture import capture
 from splitee.client import LocalClient, Place, Settings, State
@@ -27,6 +29,7 @@ from splitee.steps import NO_LEVERS, Levers
 from splitee_exporters import library, manifest
 from splitee_exporters.library_train import Library, to_library, verify
 from splitee_host.boards import firmware_root
+from splitee_host.verify import step_in_torch
 from toolkit import networks
 
 RATE = 0.125
@@ -93,6 +96,26 @@ def test_it_answers_and_learns_as_pytorch_does(kind: str) -> None:
 
 def test_it_does_so_where_layers_learn_at_once() -> None:
     assert case("group", Levers(fused_update=True, relu_bits=True)).verify().error <= 1e-5
+
+
+def distilled(distill: float) -> manifest.Verified:
+    """Holds a library that learns with that share to PyTorch, which does with a half."""
+    the_case = step_harness.case("resnet8", distills=True, momentum=False)
+    build, first = the_case.build, the_case.images[:8]
+    settings = Settings(RATE, distill=0.5)
+    step = step_in_torch(the_case.segment, build, first, settings, None)
+    learnt = {name: step[f"updated {name}"] for name in build.graph.weights}
+    values = build.graph.run(first.x * np.float32(build.scale[0]) + np.float32(build.shift[0]))
+    expected = {"activations": values[build.graph.cut], "logits": values[build.graph.logits]}
+    made = to_library(build, firmware_root(), the_case.images, distill=0.5)
+    assert b".distill = 0.5f" in made.files["examples/train/main.c"]
+    return verify(made, first, expected, learnt, RATE, "PyTorch", distill=distill)
+
+
+def test_its_exits_learn_from_the_deepest_as_in_pytorch() -> None:
+    assert distilled(0.5).error <= 1e-5
+    with pytest.raises(ExportError, match=r"^src/segment.c: learnt .*: off by"):
+        distilled(0.25)
 
 
 @pytest.mark.parametrize(

@@ -294,27 +294,51 @@ POOLS = {
 # ---- loss ----
 
 
-def softmax_cross_entropy(case: tuple[int, int]) -> Case:
-    classes, n = case
+def _loss(kernels: Kernels, logits: Floats, label: int) -> float:
+    """Of one sample."""
+    loss, told = guarded(np.zeros(1, np.float32)), guarded(np.array([label], np.uint8))
+    arrays = unassigned(*logits.shape), loss, None, guarded(logits), told
+    kernels.call("softmax_cross_entropy_forward", *arrays, 1.0, len(logits), 1)
+    return float(loss[0])
+
+
+def softmax_cross_entropy(case: tuple[int, int, float]) -> Case:
+    """share: what another's answers are of the targets; the labels are the rest."""
+    classes, n, share = case
     labels = guarded((np.arange(n) * 3 % classes).astype(np.uint8))
+    answers = np.random.default_rng(1).dirichlet(np.ones(classes), n).astype(np.float32)
+    targets = share * answers + (1 - share) * np.eye(classes)[labels]
 
     def inputs(generator: np.random.Generator) -> dict[str, Floats]:
         return {"logits": values(generator, n, classes)}
 
-    def run(kernels: Kernels, at: Inputs) -> tuple[Floats, Floats]:
-        loss, p = guarded(np.zeros(1, np.float32)), unassigned(n, classes)
-        arrays = p, loss, None, at["logits"], labels
-        kernels.call("softmax_cross_entropy_forward", *arrays, 1.0, classes, n)
-        return loss, p
+    def forward(kernels: Kernels, at: Inputs) -> Floats:
+        """The loss for these targets: of each sample, that of every class, by its share."""
+        losses = [
+            weight * _loss(kernels, row, label)
+            for row, target in zip(at["logits"], targets, strict=True)
+            for label, weight in enumerate(target)
+            if weight
+        ]
+        return np.array([sum(losses)], np.float32)
 
     def backward(kernels: Kernels, at: Inputs, dy: Floats, to: Gradients) -> None:
-        arrays = to["dlogits"], run(kernels, at)[1], labels
-        kernels.call("softmax_cross_entropy_backward", *arrays, float(dy[0]), classes, n)
+        p = unassigned(n, classes)
+        arrays = p, None, None, at["logits"], labels
+        kernels.call("softmax_cross_entropy_forward", *arrays, 1.0, classes, n)
+        if share:
+            kernels.call("softmax_distill", p, guarded(answers), labels, share, classes, n)
+        rest = labels, float(dy[0]), classes, n
+        kernels.call("softmax_cross_entropy_backward", to["dlogits"], p, *rest)
 
-    return Case(inputs, lambda k, at: run(k, at)[0], backward)
+    return Case(inputs, forward, backward)
 
 
-LOGITS = {"10 classes": (10, 4), "2 classes, one sample": (2, 1)}  # classes, samples
+LOGITS = {  # classes, samples, share of the targets that is distilled
+    "10 classes": (10, 4, 0.0),
+    "2 classes, one sample": (2, 1, 0.0),
+    "10 classes, distilled": (10, 4, 0.25),
+}
 
 
 # ---- all of them ----

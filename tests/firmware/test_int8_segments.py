@@ -117,7 +117,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Int8Device]:
 
 
 TRAINING: tuple[m.Message, ...] = (
-    m.Settings(0.1, 0.9, 0.0, 1.0, 0.0, 0.0),
+    m.Settings(0.1, 0.9, 0.0, 1.0, 0.0, 0.0, 0.0),
     m.Place(0, 0, 1, 0, 0),
     m.Forward(1, 1),
     m.Backward(),

@@ -329,6 +329,41 @@ def softmax_cross_entropy(kernels: Kernels, case: tuple[int, int, float]) -> Pai
     }
 
 
+def softmax_distill(kernels: Kernels, case: tuple[int, int, float], share: float = 0.3) -> Pairs:
+    generator = rng()
+    classes, n, largest = case
+    logits, taught = (
+        guarded(generator.uniform(-largest, largest, (n, classes)).astype(np.float32))
+        for _ in range(2)
+    )
+    labels = guarded(generator.integers(0, classes, n).astype(np.uint8))
+    share, scale = float(np.float32(share)), 1 / np.float32(n + 3)
+    p, teacher, dlogits = (
+        unassigned(n, classes),
+        unassigned(n, classes),
+        randoms(generator, n, classes),
+    )
+    for to, x in ((p, logits), (teacher, taught)):
+        kernels.call("softmax_cross_entropy_forward", to, None, None, x, labels, 1.0, classes, n)
+    wlogits, targets = leaf(logits, dlogits), torch.tensor(labels, dtype=torch.int64)
+    kernels.call("softmax_distill", p, teacher, labels, share, classes, n)
+    kernels.call("softmax_cross_entropy_backward", dlogits, p, labels, float(scale), classes, n)
+
+    own, theirs = wlogits.log_softmax(1), wide(taught).log_softmax(1)
+    by_label = torch.nn.functional.nll_loss(own, targets, reduction="sum")
+    apart = torch.nn.functional.kl_div(own, theirs, reduction="sum", log_target=True)
+    torch.autograd.backward(((1 - share) * by_label + share * apart) * float(scale))
+    return {"dlogits": (dlogits, narrow(wlogits.grad))}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("case", LOGITS.values(), ids=LOGITS.keys())
+def test_what_is_distilled_agrees_with_pytorch(
+    kernels: Kernels, case: tuple[int, int, float], share: float
+) -> None:
+    assert agrees(softmax_distill(kernels, case, share), "dlogits")
+
+
 @pytest.mark.parametrize("tensor", ["p", "loss", "dlogits"])
 @pytest.mark.parametrize("case", LOGITS.values(), ids=LOGITS.keys())
 def test_softmax_cross_entropy_agrees_with_pytorch(
@@ -412,6 +447,7 @@ _LINEAR = partial(linear, case=LAYERS["7 to 10, not multiples of four"])
 _MAX = partial(max_pool, case=POOLS["3x3 stride 2 padding 1"])
 _AVG = partial(avg_pool, case=POOLS["3x3 stride 2 padding 1"])
 _LOSS = partial(softmax_cross_entropy, case=LOGITS["10 classes"])
+_DISTILL = partial(softmax_distill, case=LOGITS["10 classes"])
 _SGD = partial(sgd, case=STEPS["momentum and decay"])
 _RELU = partial(relu, bits=False)
 _RELU_BITS = partial(relu, bits=True)
@@ -435,6 +471,8 @@ FAULTS = [
     Fault("pool.c", "+ ix] += dy[o]", "+ ix] = dy[o]", _MAX, "dx"),
     Fault("pool.c", "part = dy[o] * share", "part = dy[o]", _AVG, "dx"),
     Fault("loss.c", "dlogits[labels[sample]] -= scale", "dlogits[0] -= scale", _LOSS, "dlogits"),
+    Fault("loss.c", "share * teacher[i]", "teacher[i]", _DISTILL, "dlogits"),
+    Fault("loss.c", "p[labels[sample]] += share", "p[0] += share", _DISTILL, "dlogits"),
     Fault("sgd.c", "v[i] = step;", "v[i] = g[i];", _SGD, "v"),
     Fault("sgd.c", "g[i] + decay * w[i]", "g[i]", _SGD, "w"),
 ]

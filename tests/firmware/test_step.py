@@ -24,7 +24,7 @@ class Settings(ctypes.Structure):
         (name, ctypes.c_float)
         for name in (
             *("learning_rate", "momentum", "weight_decay"),
-            *("exit_weight", "server_weight", "clip"),
+            *("exit_weight", "server_weight", "clip", "distill"),
         )
     )
 
@@ -134,7 +134,7 @@ def test_a_part_of_the_vector_is_updated_as_torch_does_and_nothing_around_it(
     velocity = torch.tensor(v, dtype=torch.float64)
     optimizer.state[parameter]["momentum_buffer"] = velocity
     optimizer.step()
-    step.update(w, v if momentum else None, g, factor, Settings(0.1, momentum, 0.01, 1, 0, 0))
+    step.update(w, v if momentum else None, g, factor, Settings(0.1, momentum, 0.01, 1, 0, 0, 0))
     pairs = {"w": (w, narrow(parameter)), "g": (g, narrow(parameter.grad))}
     pairs |= {"v": (v, narrow(velocity))} if momentum else {}
     assert all(agrees(pairs, tensor) for tensor in pairs)

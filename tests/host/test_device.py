@@ -590,6 +590,7 @@ def test_every_refusal_is_reached_above() -> None:
     elsewhere = {m.Error.NO_DATA, m.Error.BAD_LABEL, m.Error.NO_MOMENTUM, m.Error.NOT_FINITE}
     elsewhere |= {m.Error.BAD_CODEC, m.Error.BAD_CODE}  # test_codec.py
     elsewhere |= {m.Error.NOT_WHOLE, m.Error.NO_CLIP, m.Error.LOCAL_ONLY}  # firmware/test_levers.py
+    elsewhere |= {m.Error.NO_DISTILL}  # test_distill.py
     elsewhere |= {m.Error.INFERS_ONLY}  # firmware/test_int8_segments.py
     assert reached == set(m.Error) - elsewhere
 
@@ -618,6 +619,10 @@ WORDS = {
     "Read refused: a sample has the label 10, which the network has no class for": (
         m.Error.BAD_LABEL,
         10,
+    ),
+    "Read refused: it was built without distill: run `splitee build` with distill > 0": (
+        m.Error.NO_DISTILL,
+        0,
     ),
     "Read refused: it was built without momentum: run `splitee build` with momentum > 0": (
         m.Error.NO_MOMENTUM,

@@ -98,7 +98,7 @@ STEP = "1-upto/step.onnx"
 SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "nothing": (without("client.json"), "client.json: No such file or directory: export the"),
     "no JSON": (cut_short("client.json"), "client.json: not what was exported"),
-    "an older format": (edited("format", 0), "it has format 0, and this program reads 1: export"),
+    "an older format": (edited("format", 0), "it has format 0, and this program reads 2: export"),
     "another capacity": (edited("capacity", 9), "client.json: it was changed after it was"),
     "no graph": (edited("graph", None), "client.json: not what was exported"),
     "no weights": (without("weights.npy"), "weights.npy: No such file or directory"),

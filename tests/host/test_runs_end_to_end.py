@@ -597,6 +597,20 @@ def test_every_kind_of_client_clips_as_torch_does_at_the_rate_of_the_round(
             assert not np.allclose(velocity, other, rtol=0.05), (name, tensor)
 
 
+def test_every_kind_of_client_distills_as_torch_does(
+    few_digits: Dataset, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = MIXED.format("averaging", "both", "all", "upto")
+    text = text.replace("rounds = 1", "rounds = 2\ndistill = 0.5")
+    mixed = trained(parse(text), monkeypatch)
+    assert_same_numbers(mixed, trained(all_torch(text), monkeypatch))
+    without = trained(parse(text.replace("distill = 0.5", "")), monkeypatch)
+    for name, state in mixed.states.items():
+        weight = "exits.stem.linear.weight"
+        other = without.states[name].weights[weight]
+        assert not np.allclose(state.weights[weight], other, rtol=0.01, atol=1e-3), name
+
+
 def test_a_board_over_udp_ends_with_the_weights_of_one_over_a_serial_line(
     few_digits: Dataset, workplace: Path
 ) -> None:

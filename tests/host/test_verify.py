@@ -96,7 +96,7 @@ def test_the_command_says_what_memory_a_firmware_takes_that_was_built_here(
     assert attached == [started, None]
 
 
-def test_the_command_clips_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_clips_and_distils_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
     def noting(*arguments: Any) -> list[Difference]:
@@ -104,11 +104,12 @@ def test_the_command_clips_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) 
         return compare(*arguments)
 
     monkeypatch.setattr("splitee_host.verify.compare", noting)
-    for clip in ("0.01", "0"):
-        said = splitee("verify", "--board", "posix", "--width", "2", "--clip", clip, "--json")
+    words = ("verify", "--board", "posix", "--width", "2", "--json")
+    for clip, distill in (("0.01", "0"), ("0", "0.5")):
+        said = splitee(*words, "--clip", clip, "--distill", distill)
         assert (said.code, said.err) == (0, "")
         assert all(t["good"] for t in json.loads(said.out)["tensors"])
-    assert [settings.clip for settings in given] == [0.01, 0.0]
+    assert [(s.clip, s.distill) for s in given] == [(0.01, 0.0), (0.0, 0.5)]
 
 
 def test_the_command_fails_beyond_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:

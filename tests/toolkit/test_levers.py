@@ -263,7 +263,7 @@ def residual(**pulled: bool) -> Pass:
         Op("linear", "l", ("exit",), {}, {"weight": "l.w"}),
     )
     graph = Graph("input", (2, 4, 4), ops, weights, {}, "relu", {"x": "l"}, 3)
-    return Pass(graph, 1, moves=False, levers=Levers(**pulled))
+    return Pass(graph, 1, moves=False, distills=False, levers=Levers(**pulled))
 
 
 def test_nothing_is_forgotten_that_would_be_wanted_in_place_twice() -> None:

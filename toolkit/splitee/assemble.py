@@ -193,6 +193,7 @@ class Assembly:
             scale=self.dataset.scale,
             shift=self.dataset.shift,
             moves=moves,
+            distills=self.fleet.distill > 0,
             levers=self._levers(table),
         )
 

@@ -26,7 +26,7 @@ from splitee.graph import Graph, Op
 from splitee.place import Build
 from splitee.steps import Levers
 
-FORMAT = 1
+FORMAT = 2
 NAME, VALUES = "client.json", "weights.npy"
 PASSES = ("infer", "forward", "backward", "step")
 
@@ -39,7 +39,10 @@ ACTIVATIONS, LOGITS = "activations", "logits"
 LOSS = "loss"  # cross-entropy of the exit at the cut: summed, divided by the whole batch
 CORRECT = "correct"  # int64: samples whose largest logit there is their label's
 SERVER_GRADIENT = "server gradient"  # dLoss/dActivations
-SETTINGS = ("learning_rate", "momentum", "weight_decay", "exit_weight", "server_weight", "clip")
+SETTINGS = (
+    *("learning_rate", "momentum", "weight_decay"),
+    *("exit_weight", "server_weight", "clip", "distill"),
+)
 
 
 def gradient(parameter: str) -> str:
@@ -116,6 +119,7 @@ def files(build: Build) -> dict[str, bytes]:
         "scale": build.scale,
         "shift": build.shift,
         "moves": build.moves,
+        "distills": build.distills,
         "levers": asdict(build.levers),
     }
     values = io.BytesIO()
@@ -172,5 +176,6 @@ def _build(described: dict[str, Any], values: np.ndarray[Any, Any]) -> Build:
         tuple(described["scale"]),
         tuple(described["shift"]),
         described["moves"],
+        described["distills"],
         Levers(**described["levers"]),
     )

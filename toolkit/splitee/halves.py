@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from splitee import data, zoo
@@ -16,7 +15,7 @@ from splitee.assemble import Assembly, Member
 from splitee.capture import capture, capture_tail
 from splitee.data import Images
 from splitee.errors import ModelError
-from splitee.exits import Exit
+from splitee.exits import Exit, losses
 from splitee.graph import Graph
 from splitee.model import Cut, Network, Segment, Tail
 from splitee.norms import frozen_norms
@@ -43,6 +42,7 @@ class Halves:
     upto: bool  # whether all exits up to the cut learn, or only the one at it
     calibration: Images
     samples: Images  # to check with
+    distill: float = 0.0  # share of the deepest exit's answer in what the shallower learn from
 
     @property
     def cut_name(self) -> str:
@@ -88,7 +88,8 @@ class Halves:
         first = self.samples[: self.build.capacity]
         labels = torch.tensor(first.y).long()
         _, logits = segment(self._input(first.x, kind))
-        torch.autograd.backward([F.cross_entropy(found, labels) for found in logits])
+        total = torch.stack(losses(logits, labels, self.distill)).sum()
+        torch.autograd.backward(total / len(labels))
         torch.optim.SGD(segment.parameters(), lr=LEARNING_RATE).step()
         for norm in frozen_norms(segment):
             norm.follow()
@@ -189,4 +190,5 @@ def _of_member(
         upto=member.upto,
         calibration=calibration_of(assembly),
         samples=assembly.dataset.test,
+        distill=assembly.fleet.distill,
     )

@@ -59,6 +59,7 @@ class Build:
     scale: tuple[float, ...]  # per channel: input = byte * scale + shift
     shift: tuple[float, ...]
     moves: bool = False  # whether the cut can be at any of the graph's exits, or only at the last
+    distills: bool = False  # whether the exit at the cut can teach those below
     levers: Levers = field(default_factory=Levers)
 
     @property
@@ -84,7 +85,12 @@ class Build:
     def schedule(self) -> Schedule:
         """The steps of one pass."""
         return schedule(
-            self.graph, self.capacity, self.momentum, moves=self.moves, levers=self.levers
+            self.graph,
+            self.capacity,
+            self.momentum,
+            moves=self.moves,
+            distills=self.distills,
+            levers=self.levers,
         )
 
     @cached_property
@@ -104,6 +110,7 @@ class Build:
             momentum=int(self.momentum),
             samples_max=self.samples_max,
             moves=int(self.moves),
+            **({"distills": 1} if self.distills else {}),
             **asdict(self.levers),
             constants=int.from_bytes(constants, "little"),
         )

@@ -45,19 +45,21 @@ def schedule(
     momentum: bool,
     *,
     moves: bool = False,
+    distills: bool = False,
     levers: Levers = NO_LEVERS,
 ) -> Schedule:
     """The steps of one pass over at most capacity samples.
 
     moves: the cut can be at the end of every stage, with its exit alone or with all up to it.
-    Otherwise it stays at the graph's, and all exits run.
+    Otherwise it stays at the graph's, and all exits run. distills: the exit at the cut can teach
+    those below.
     """
-    walk = Pass(graph, capacity, moves, levers)
+    walk = Pass(graph, capacity, moves, distills, levers)
     found = [walk.again(frozenset())]
     if levers.recompute:
         found.append(walk.again(forget(walk)))
     if levers.recompute and levers.float16:  # what is made again may be smaller without
-        exact = Pass(graph, capacity, moves, replace(levers, float16=False))
+        exact = Pass(graph, capacity, moves, distills, replace(levers, float16=False))
         found.append(exact.again(forget(exact)))
     return min(found, key=lambda walk: fullness(walk, every=True).most).schedule(momentum)
 
@@ -70,12 +72,14 @@ class Pass:
         graph: Graph,
         capacity: int,
         moves: bool,
+        distills: bool,
         levers: Levers,
         forgotten: frozenset[str] = frozenset(),
         halved: frozenset[str] = frozenset(),
     ) -> None:
         """forgotten: made again before each use. halved: wait for backward as float16."""
         self.graph, self.capacity, self.moves, self.levers = graph, capacity, moves, levers
+        self.distills = distills
         self.forgotten, self.halved = forgotten, halved
         # rounded to float16, a value just below the end of a ReLU6 would let nothing pass any more
         self.bits = levers.relu_bits or levers.float16
@@ -116,14 +120,15 @@ class Pass:
 
     def again(self, forgotten: frozenset[str]) -> Pass:
         """The same pass, with other tensors made again."""
-        found = Pass(self.graph, self.capacity, self.moves, self.levers, forgotten)
+        build = self.graph, self.capacity, self.moves, self.distills, self.levers
+        found = Pass(*build, forgotten)
         if not self.levers.float16:
             return found
         # a step more for a small tensor gains nothing
         worth = max(map(self.bytes, self.graph.shapes)) / 16
         waiting = found.waiting - forgotten - {"input"}
         halved = frozenset(t for t in waiting if self.bytes(t) >= worth)
-        return Pass(self.graph, self.capacity, self.moves, self.levers, forgotten, halved)
+        return Pass(*build, forgotten, halved)
 
     def schedule(self, momentum: bool) -> Schedule:
         """What was written down."""
@@ -167,6 +172,8 @@ class Pass:
             self.sizes[p] = self.bytes(logits)
             reads = {logits: self.get(logits, self.places[logits])}
             self.write("loss", self.places[logits], exit=name, reads=reads, writes=(p,))
+        if self.distills:
+            self.distill()
         for number, stage in enumerate(self.stages):
             # the host may look at the logits first, and leave activations out
             self.write("send", Place(number, "cut"), reads=(stage.point, stage.logits))
@@ -196,6 +203,18 @@ class Pass:
         for op in graph.ops:
             if OPS[op.kind].measures:
                 self.write("follow", self.places[op.name], op, reads=(STATISTICS,))
+
+    def distill(self) -> None:
+        """What exits learn from the one at the cut, wherever that is.
+
+        It is made part of their softmax, so that backward neither knows nor waits for another.
+        """
+        exits = list(self.graph.exits.items())
+        for number, stage in enumerate(self.stages):
+            deepest = softmax(stage.logits)
+            for name, logits in exits[: exits.index((stage.cut, stage.logits))]:
+                place, own = Place(number, "upto"), softmax(logits)
+                self.write("distill", place, exit=name, reads=(deepest,), adds=(own,))
 
     def compute(self, op: Op, place: Place, *, again: bool = False) -> None:
         """An operation forward."""

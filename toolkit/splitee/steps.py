@@ -91,7 +91,9 @@ class Place(NamedTuple):
     """Where a step belongs: it runs in the variants that need what is there."""
 
     stage: int
-    part: str  # of the stage: trunk | exit | cut (what only runs where the stage's end is the cut)
+    # of the stage: trunk | exit | cut (what only runs where the stage's end is the cut) | upto (and
+    # only where all exits up to it learn)
+    part: str
 
     def runs(self, variant: Variant) -> bool:
         """Whether it is one of the variant's."""
@@ -100,6 +102,8 @@ class Place(NamedTuple):
                 return self.stage <= variant.cut
             case "exit":
                 return self.stage == variant.cut or (variant.upto and self.stage < variant.cut)
+            case "upto":
+                return self.stage == variant.cut and variant.upto
         return self.stage == variant.cut
 
 
@@ -107,14 +111,14 @@ class Place(NamedTuple):
 class Step:
     """One step of the schedule: at most one kernel's work.
 
-    action: forward | pack | unpack | loss | loss_backward | weigh | backward | backward_weight |
-    backward_input | pass | update | follow | send
+    action: forward | pack | unpack | loss | distill | loss_backward | weigh | backward |
+    backward_weight | backward_input | pass | update | follow | send
     """
 
     action: str
     place: Place
     op: Op | None = None
-    exit: str | None = None  # of a loss: the cut of its exit
+    exit: str | None = None  # of a loss or a distill: the cut of its exit
     buffers: Mapping[str, str] = ()  # type: ignore[assignment]  # what it works on -> its buffer
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()  # assigned whole

@@ -31,6 +31,9 @@ def verify(
     clip: Annotated[
         float, typer.Option(min=0, help="Largest norm of the gradients; 0: any.")
     ] = 0.0,
+    distill: Annotated[
+        float, typer.Option(min=0, max=1, help="What the exits below learn from the deepest.")
+    ] = 0.0,
     relu_bits: Annotated[bool, typer.Option("--relu-bits", help="With this lever.")] = False,
     float16: Annotated[bool, typer.Option("--float16", help="With this lever.")] = False,
     recompute: Annotated[float, typer.Option(min=0, max=10, help="With this lever.")] = 0.0,
@@ -55,6 +58,7 @@ def verify(
             "gradient": gradient,
             "exit_weight": 0.3,
             "exits": "upto",
+            "distill": distill,
             "optimizer": {
                 "learning_rate": 0.1,
                 "momentum": 0.9,

@@ -77,6 +77,7 @@ class Error(IntEnum):
     BAD_CODEC = 17  # detail: the codec, which it has not, or which is none for samples of this size
     BAD_CODE = 18  # detail: the sample whose coded gradient nobody can have made
     INFERS_ONLY = 19  # detail: 0; the segment is of 8 bits, and so has nothing to train
+    NO_DISTILL = 20  # detail: 0; the segment was built for exits that learn from labels alone
 
 
 NOT_FINITE_LOSS = 0xFFFFFFFF
@@ -124,6 +125,7 @@ class Settings(Message):
     exit_weight: F32
     server_weight: F32
     clip: F32  # largest norm of the gradients that a step takes together; 0: any
+    distill: F32  # share of the softmax of the exit at the cut in what those below learn from
 
 
 @dataclass(frozen=True)
