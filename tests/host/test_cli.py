@@ -333,7 +333,8 @@ BAD_FLEETS = {
     "a value that cannot be": ('name = "x"\nrounds = 0\n' + CLIENT, "bad.toml:2: rounds: "),
     "a setting that there is not": (
         'name = "x"\nstrategy = "together"\n' + CLIENT,
-        "bad.toml:2: strategy: Input should be 'averaging' or 'sequential', not 'together'",
+        "bad.toml:2: strategy: Input should be 'averaging', 'sequential' or a class as "
+        "'module:Class', not 'together'",
     ),
     "no client": ('name = "x"\n', "bad.toml:1: client: "),
     "two clients of one name": (
