@@ -260,7 +260,7 @@ def test_who_was_away_returns_with_the_last_means_and_its_own_momentum(aggregate
     for name in changed & set(others):
         assert np.array_equal(after.weights[name], others[name])
     seen: list[State] = []
-    b = strategy._attendance.everyone[1]
+    b = strategy.everyone[1]
     assert isinstance(b, Wrapped)
     rejoin = b.inner.rejoin
 

@@ -55,7 +55,7 @@ class Strategy:
 
     def draw(self, number: int, names: Sequence[str]) -> Sequence[str]:
         """Who of these clients is in a round: a share of the fleet, by the fleet's seed."""
-        count = self.rules.drawn(len(self._attendance.everyone))
+        count = self.rules.drawn(len(self.everyone))
         order = draw_order(len(names), self.rules.seed ^ _DRAWS, number)
         return [names[place] for place in order[:count]]
 
@@ -74,6 +74,11 @@ class Strategy:
         return cross_layer_mean(copies)
 
     # what it is made of
+
+    @property
+    def everyone(self) -> Sequence[Client]:
+        """All clients, in the fleet file's order."""
+        return self._attendance.everyone
 
     @property
     def clients(self) -> list[Client]:
@@ -120,7 +125,7 @@ class Strategy:
         otherwise, raises TooFewClients.
         """
         attendance = self._attendance
-        drawn = self._drawn(number, attendance.everyone)
+        drawn = self._drawn(number, self.everyone)
         done = yield from self._complete(drawn, number)
         if done is None:  # once more: a fleet that lost its power goes on where it was
             yield from attendance.wait(number)
@@ -248,7 +253,7 @@ class Sequential(Strategy):
         """The clients' and the shared server's, where aggregate is all; otherwise none."""
         if self.rules.aggregate != "all":
             return []
-        cuts = {c.name: c.cut for c in self._attendance.everyone}
+        cuts = {c.name: c.cut for c in self.everyone}
         server = self.server(done[0].client)
         behind = [(set(server.tensors(cuts[d.client])), d.samples) for d in done]
         shared: Copy = {
