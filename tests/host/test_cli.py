@@ -465,6 +465,36 @@ def test_train_refuses_a_folder_that_cannot_be_written(workplace: Path, tmp_path
     assert "choose a folder that you may write to" in text
 
 
+def test_train_refuses_a_strategy_that_cannot_be_loaded_before_it_builds(workplace: Path) -> None:
+    path = written(TINY.replace("[model]", 'strategy = "nowhere:It"\n[model]', 1))
+    text = refused("train", path)
+    assert text.startswith('error: strategy "nowhere:It" cannot be loaded: ModuleNotFoundError')
+
+
+NOBODY = """\
+from splitee.strategies import Averaging
+
+class Nobody(Averaging):
+    def passes(self, clients, number):
+        yield from ()
+        return []
+"""
+
+
+def test_train_ends_with_an_error_where_too_few_clients_complete_a_round(
+    workplace: Path, tmp_path: Path
+) -> None:
+    Path("nobody_completes.py").write_text(NOBODY)
+    text = TINY.replace("posix", "torch")
+    text = text.replace("[model]", 'strategy = "nobody_completes:Nobody"\n[model]', 1)
+    said = splitee("train", written(text), "--runs", tmp_path)
+    assert said.code == 1
+    assert said.err.split(":")[:2] == ["error", " round 1"]
+    assert "(min_clients = 1), twice: nobody is away: does the" in said.err
+    does_not = "round 1 does not count: 0 of the 1 clients that it takes completed it"
+    assert said.out.count(does_not) == 2
+
+
 def test_ctrl_c_stops_without_a_traceback(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(path: Path) -> None:
         raise KeyboardInterrupt

@@ -242,7 +242,7 @@ def test_training_ends_where_a_round_has_too_few_twice_and_nothing_is_learnt(mak
     events: list[Event] = []
     message = (
         r"^round 1: fewer clients completed it than it takes \(min_clients = 2\), twice: "
-        rf"{REASON.split(':')[0]}: .*; .*: when they are back, go on with the run "
+        rf"{REASON.split(':')[0]}: .*; .*; when they are back, go on with the run "
         r"\(splitee train --resume\)$"
     )
     with pytest.raises(TooFewClients, match=message):

@@ -109,10 +109,12 @@ class TooFewClients(SpliteeError):
 
     def __init__(self, round: int, needed: int, away: Mapping[str, str]) -> None:
         """needed: how many a round takes. away: who is, and why."""
-        reasons = "; ".join(away.values()) or "nobody is away"
+        cure = "when they are back, go on with the run (splitee train --resume)"
+        if not away:
+            cure = "nobody is away: does the strategy let its clients train?"
         super().__init__(
             f"round {round}: fewer clients completed it than it takes (min_clients = {needed}), "
-            f"twice: {reasons}: when they are back, go on with the run (splitee train --resume)"
+            f"twice: {'; '.join([*away.values(), cure])}"
         )
 
 

@@ -42,6 +42,7 @@ def train(
     from splitee.errors import CheckpointError, FleetError, LinkError
     from splitee.fleet import read
     from splitee.runs import Run, check
+    from splitee.strategies import of_name
     from splitee_exporters.c import to_c
     from splitee_host import keys
     from splitee_host.launch import Launcher
@@ -73,6 +74,7 @@ def train(
         assert fleet_file is not None
         fleet = read(fleet_file)
         run = Run(runs / fleet.name)
+    of_name(fleet.strategy)  # one that cannot be loaded is refused before anything is built
     assembly = assembly_of(fleet)
     if checkpoint is not None:
         held = {name: state.weights for name, state in checkpoint.states.items()}
