@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,11 +32,11 @@ def draw(title: str, clients: Sequence[str], classes: Sequence[str], counts: Arr
     return image.getvalue()
 
 
-def _bars(axis, clients: Sequence[str], classes: Sequence[str], counts: Array) -> None:  # type: ignore[no-untyped-def]
+def _bars(axis: Any, clients: Sequence[str], classes: Sequence[str], counts: Array) -> None:
     """A bar for each client, from top to bottom in the fleet file's order."""
     import matplotlib
 
-    colours = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    colours = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"](range(len(classes)))
     rows = np.arange(len(clients))
     left = np.zeros(len(clients))
     for number, name in enumerate(classes):
@@ -55,7 +56,9 @@ def _bars(axis, clients: Sequence[str], classes: Sequence[str], counts: Array) -
                 ncols=1 + (len(classes) - 1) // max(8, int(1.6 * len(clients))))  # fmt: skip
 
 
-def _map(figure, axis, clients, classes, counts: Array) -> None:  # type: ignore[no-untyped-def]
+def _map(
+    figure: Any, axis: Any, clients: Sequence[str], classes: Sequence[str], counts: Array
+) -> None:
     """A square for each client and class; white: none."""
     from matplotlib.colors import LogNorm
 

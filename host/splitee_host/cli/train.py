@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitee_host.cli.common import BUILD, app, assembly_of, new_console, plain
+from splitee_host.cli.common import BUILD, app, assembly_of, new_console, plain, unaugmented
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,6 +76,8 @@ def train(
         run = Run(runs / fleet.name)
     of_name(fleet.strategy)  # one that cannot be loaded is refused before anything is built
     assembly = assembly_of(fleet)
+    for line in unaugmented(fleet):
+        say(line)
     if checkpoint is not None:
         held = {name: state.weights for name, state in checkpoint.states.items()}
         check(held, {m.name: m.state.weights for m in assembly.members})
