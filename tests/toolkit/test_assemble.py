@@ -301,6 +301,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(strategy: str) -> None:
     for noise in (1, 2):
         torch.manual_seed(noise)
         top = f'seed = 5\nbatch = 128\nstrategy = "{strategy}"\naggregate = "all"\nexits = "upto"'
+        top += '\n[data]\nsamples = 500\npartition = "dirichlet"\naugment = ["crop", "trivial"]'
         fleet = assembly("a:torch:cut = 1, b:torch:cut = 2:share = 2", top)
         before = drawn(fleet)
         clients = []
