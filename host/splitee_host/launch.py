@@ -267,7 +267,12 @@ def python_client(fleet_file: Path, name: str) -> Iterator[Link]:
     """A `splitee client` process on this machine, and a link to it."""
     command = [sys.executable, "-m", "splitee_host.cli", "client", str(fleet_file)]
     command += ["--name", name, "--listen", "tcp://127.0.0.1:0", "--once"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        process_group=0,  # Ctrl-C is for us, and we end our clients in order
+    ) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline().decode().strip()

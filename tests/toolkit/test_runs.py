@@ -292,7 +292,7 @@ def test_what_is_noted_of_rounds_that_are_not_complete_is_dropped(run: Run, comp
 def test_a_record_that_was_cut_short_is_dropped(run: Run) -> None:
     lines = records(run, 2)
     run.metrics_file.write_bytes(b"".join(lines[:3]) + lines[3][:20])
-    assert [r["round"] for r in run.metrics()] == [1, 1, 2]
+    assert [r["round"] for r in run.metrics()] == [1, 1]  # the second is not known to be complete
     Run(run.folder).resume(1)
     assert run.metrics_file.read_bytes() == b"".join(lines[:2])
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 
+import pytest
 from matplotlib import image
 
 from splitee.client import Place, State
+from splitee.errors import CheckpointError
 from splitee.runs import ClientSummary, Run
-from splitee.train import BatchDone, ClientDone, ClientLost, RoundDone
+from splitee.train import BatchDone, ClientDone, ClientLost, Event, RoundDone
 
 STATE = State({}, {}, Place(samples=40, seed=0))
 
@@ -34,15 +36,19 @@ def test_metrics_are_an_object_a_line_and_leave_states_out(run: Run) -> None:
     ]  # fmt: skip
 
 
-def test_a_round_is_logged_when_it_is_complete_with_its_clients_by_name(run: Run) -> None:
-    run.log(ClientLost("b", 1, "no answer"))
-    run.log(done("c", 1, 2.0))
-    run.log(done("a", 1, 2.0))
-    assert not run.metrics_file.exists()
-    run.log(RoundDone(1, {"a": STATE, "b": STATE, "c": STATE}, {"b": "no answer"}))
-    run.log(done("a", 2, 2.0))
+def test_what_happens_is_written_at_once_and_read_by_round_and_client(run: Run) -> None:
+    events: tuple[Event, ...] = (
+        ClientLost("b", 1, "no answer"),
+        done("c", 1, 2.0),
+        done("a", 1, 2.0),
+        RoundDone(1, {"a": STATE, "b": STATE, "c": STATE}, {"b": "no answer"}),
+        done("a", 2, 2.0),
+    )
+    for number, event in enumerate(events, 1):
+        assert run.log(event) == json.loads(run.metrics_file.read_text().splitlines()[-1])
+        assert len(run.metrics_file.read_text().splitlines()) == number
     found = [(r["event"], r.get("client"), r.get("reason")) for r in run.metrics()]
-    assert found == [
+    assert found == [  # of complete rounds alone
         ("ClientDone", "a", None),
         ("ClientLost", "b", "no answer"),
         ("ClientDone", "c", None),
@@ -64,6 +70,7 @@ def test_the_summary_has_a_row_for_each_client_with_the_fields_of_its_class(run:
     run.log(RoundDone(1, {"a": STATE, "b": STATE}))
     run.log(RoundDone(2, {"a": STATE, "b": STATE}, {"b": "no answer"}))
     run.finish(12.5, [summary("a"), summary("b", lost="no answer")])
+    assert run.summary() == (12.5, [summary("a"), summary("b", lost="no answer")])
     written = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
     assert list(written) == ["wall_s", "rounds", "clients", "took_part"]
     assert (written["wall_s"], written["rounds"]) == (12.5, 2)
@@ -79,6 +86,22 @@ def test_the_summary_has_a_row_for_each_client_with_the_fields_of_its_class(run:
         "bytes_up_per_sample": 1025.5, "ms_per_sample": 2.5, "exit_accuracy": 0.75,
         "server_accuracy": 0.875, "lost": "no answer", "memory": MEMORY,
     }  # fmt: skip
+
+
+def test_a_run_that_goes_on_has_no_summary_until_it_ends(run: Run) -> None:
+    assert run.summary() is None
+    run.log(done("a", 1, 2.0))
+    run.log(RoundDone(1, {"a": STATE}))
+    run.finish(12.5, [summary("a")])
+    run.resume(1)
+    assert run.summary() is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"wall_s": 1, "clients": [{"name": "a"}]}'])
+def test_says_of_a_file_that_is_no_summary_of_ours(run: Run, content: str) -> None:
+    run.summary_file.write_text(content)
+    with pytest.raises(CheckpointError, match=r"summary.json: no summary of ours: "):
+        run.summary()
 
 
 def test_the_summarys_picture_shows_every_clients_curve(run: Run) -> None:

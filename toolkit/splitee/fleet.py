@@ -185,6 +185,8 @@ class Fleet(_Table):
     # share of the softmax of a client's deepest exit in what its shallower exits learn from
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0
     period: Annotated[int, Field(ge=1)] = 1  # rounds between two aggregations
+    # rounds between two tests of all clients while they train, on the host; None: only at the end
+    evaluate_every: Annotated[int, Field(ge=1)] | None = None
     entropy: Annotated[float, Field(ge=0, le=1)] = 0.5  # an exit answers up to this
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of clients drawn for a round
     min_clients: Annotated[int, Field(ge=1)] = 1  # that have to complete a round for it to count

@@ -1,37 +1,37 @@
-"""A run's folder: the fleet file as run, metrics as they come, the checkpoint, the summary."""
+"""A run's folder: the fleet file as run, what happens as it does, the checkpoint, the summary."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as pack
 from torch import Tensor
 
-from splitee.client import Place, State
 from splitee.errors import CheckpointError
+from splitee.events import BatchDone, Event, RoundDone
 from splitee.ops import Array
+from splitee.progress import Progress
 from splitee.server import Server
-from splitee.train import (
-    BatchDone,
-    ClientBack,
-    ClientDone,
-    ClientLost,
-    Event,
-    RoundDone,
-    RoundFailed,
-)
+from splitee.state import Place, State
+
+Record = Mapping[str, Any]  # a line of metrics.jsonl: an event, its fields but for states, a time
+
+_PROGRESS_AGAIN = 0.5  # seconds between two notes of the progress in a round
+_OURS_SOON = 1.0  # seconds in which a folder that somebody looks into is free again
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._began = time.perf_counter()
-        self._round: list[dict[str, Any]] = []  # records of the round that is not complete yet
+        self._noted = -math.inf  # when the progress was, last
 
     @property
     def fleet_file(self) -> Path:
@@ -84,8 +84,59 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """A JSON object per line: each client's pass, losses and lost clients, as they came."""
+        """A JSON object per line: each client's pass, losses and lost clients, as they come."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        """The clients at the end; there once the run has ended."""
+        return self.folder / "summary.json"
+
+    @property
+    def progress_file(self) -> Path:
+        """Where the training stands, for who watches it."""
+        return self.folder / "progress.json"
+
+    @property
+    def _lock_file(self) -> Path:
+        """Who trains in the folder holds it; a file, since network drives lock no folders."""
+        return self.folder / "lock"
+
+    @property
+    def curves(self) -> Path:
+        """The folder with TensorBoard's files."""
+        return self.folder / "tb"
+
+    @contextlib.contextmanager
+    def ours(self) -> Iterator[None]:
+        """Holds the folder, which is made if need be, for this training alone.
+
+        The system lets go of it however the process ends. Raises CheckpointError where another
+        process trains in it.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self._lock_file.open("a")
+        except OSError as error:
+            raise self._unwritable(error, self._lock_file) from error
+        with file:
+            end = time.monotonic() + _OURS_SOON
+            while not _locked(file, fcntl.LOCK_EX):
+                if time.monotonic() > end:  # nobody only looks for as long as that
+                    raise CheckpointError(
+                        f"{self.folder}: another process trains in it: wait until it has ended, "
+                        "or take another folder (--runs, or another name in the fleet file)"
+                    )
+                time.sleep(_OURS_SOON / 100)
+            yield
+
+    def is_training(self) -> bool:
+        """Whether some process trains in the folder at this moment."""
+        try:
+            with self._lock_file.open() as file:
+                return not _locked(file, fcntl.LOCK_SH)
+        except OSError:
+            return False  # none ever did
 
     def begin(self, fleet_text: str) -> None:
         """Makes the folder, in place of an earlier run of the same name."""
@@ -94,7 +145,11 @@ class Run:
         except OSError as error:
             raise self._unwritable(error, self.folder) from error
         # the checkpoint first: a fleet file and a checkpoint that are there belong together
-        self._forget("checkpoint.safetensors", "metrics.jsonl", "summary.json", "summary.png")
+        self._forget(
+            "checkpoint.safetensors", "metrics.jsonl", "progress.json", "summary.json",
+            "summary.png",
+        )  # fmt: skip
+        shutil.rmtree(self.curves, ignore_errors=True)
         self._replace(self.fleet_file, fleet_text.encode())
         self._began = time.perf_counter()
 
@@ -120,38 +175,41 @@ class Run:
             "folder that you may write to; what was saved before is untouched"
         )
 
-    def log(self, event: Event) -> None:
-        """Notes what a curve or a post-mortem needs; states go into the checkpoint instead.
+    def log(self, event: Event) -> Record | None:
+        """Notes at once what a curve or a post-mortem needs, and gives it back; None: nothing.
 
-        A round is written when it is complete, its clients by name: the file does not depend on
-        who answered first.
+        States go into the checkpoint instead, batches into the progress alone.
         """
         if isinstance(event, BatchDone):
-            return
+            return None
         record: dict[str, Any] = {"event": type(event).__name__}
-        if isinstance(event, ClientDone | ClientLost | ClientBack):
-            record |= {k: v for k, v in vars(event).items() if k != "state"}
-        else:
+        if isinstance(event, RoundDone):
             record |= {"round": event.round, "clients": sorted(event.clients)}
-            if isinstance(event, RoundFailed):
-                record["needed"] = event.needed
-                self._round = [r for r in self._round if r["event"] != "ClientDone"]  # undone
-            elif event.missing:
+            if event.missing:
                 record["missing"] = dict(event.missing)
+        else:
+            record |= {k: v for k, v in vars(event).items() if k != "state"}
         record["at_seconds"] = round(time.perf_counter() - self._began, 3)
-        self._round.append(record)
-        if not isinstance(event, RoundDone):
-            return
-        self._round.sort(
-            key=lambda r: r.get("client", "~")
-        )  # no name begins with ~: the round last
         try:
             with self.metrics_file.open("ab") as file:
-                file.write(b"".join(_line(record) for record in self._round))
-                _onto_disk(file.fileno())  # before the checkpoint of the round is
+                file.write(_line(record))
+                if isinstance(event, RoundDone):
+                    file.flush()
+                    _onto_disk(file.fileno())  # before the checkpoint of the round is
         except OSError as error:
             raise self._unwritable(error, self.metrics_file) from error
-        self._round.clear()
+        return record
+
+    def note(self, progress: Progress, *, now: bool = False) -> None:
+        """Tells who watches where the training stands; in a round, twice a second at most."""
+        if not now and time.monotonic() < self._noted + _PROGRESS_AGAIN:
+            return
+        self._noted = time.monotonic()
+        temporary = self.folder / "progress.json.new"
+        # what can be shown again later is not worth a round: a full disk is metrics' to tell
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(progress.to_json()) + "\n")
+            temporary.rename(self.progress_file)  # in the place of the one before
 
     def save(self, number: int, states: Mapping[str, State], servers: Mapping[str, Server]) -> None:
         """Replaces the checkpoint; if that fails, the one before is intact."""
@@ -209,22 +267,92 @@ class Run:
                 for name, place in places.items()
             }
         except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a checkpoint of ours: {error}") from error
+            raise self._no_checkpoint(error) from error
         return Checkpoint(
             number, states, groups.get("server", {}), groups.get("server-momentum", {})
         )
 
+    def _no_checkpoint(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.checkpoint_file}: not a checkpoint of ours: {error}")
+
+    def complete(self) -> int:
+        """How many rounds the checkpoint has behind it; 0 where there is none."""
+        if not self.checkpoint_file.exists():
+            return 0
+        try:
+            with safe_open(self.checkpoint_file, framework="numpy") as file:
+                return int(json.loads(file.metadata()["run"])["round"])
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
+            raise self._no_checkpoint(error) from error
+
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of all complete rounds; a line that was cut short ends them."""
-        if not self.metrics_file.exists():
-            return []
-        records = []
-        for line in self.metrics_file.read_bytes().splitlines():
+        """The records of all complete rounds, of each by client, whoever answered first."""
+        records: list[dict[str, Any]] = []
+        lines = self.metrics_file.read_bytes().splitlines() if self.metrics_file.exists() else []
+        for line in lines:
             try:
-                records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+            except ValueError:  # it was cut short, and so is the last
                 break
-        return records
+            if record["event"] == "RoundFailed":  # what was learnt in it is undone
+                undone = ("ClientDone", record["round"])
+                records = [r for r in records if (r["event"], r["round"]) != undone]
+            records.append(record)
+        complete = {r["round"] for r in records if r["event"] == "RoundDone"}
+
+        def place(record: Record) -> tuple[int, str]:
+            return record["round"], record.get("client", "~")  # no name begins with ~: rounds last
+
+        return sorted((r for r in records if r["round"] in complete), key=place)
+
+    def follow(self) -> Generator[list[Record], None, None]:
+        """The records that are new since the one before, at each step; at first, all there are.
+
+        Where a run goes on behind a complete round, what it does again is new.
+        """
+        told = 0  # complete rounds
+        while True:
+            try:
+                file = self.metrics_file.open("rb")
+            except FileNotFoundError:  # no event yet, or a new run begins
+                told = 0
+                yield []
+                continue
+            with file:
+                before, rest = told, b""
+                while _is_at(file, self.metrics_file):
+                    *lines, rest = (rest + file.read()).split(b"\n")
+                    records = [json.loads(line) for line in lines]
+                    for record in records:
+                        if record["event"] == "RoundDone":
+                            told = max(told, record["round"])
+                    yield [r for r in records if r["round"] > before]
+
+    def progress(self) -> Progress:
+        """Where the training stands, or stood when it ended.
+
+        Raises CheckpointError where no run has begun.
+        """
+        path = self.progress_file
+        try:
+            noted = json.loads(path.read_bytes())
+            return Progress.from_json(noted, clock=time.time if self.is_training() else None)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: {error.strerror}: is {self.folder} the folder of a run?"
+            ) from error
+        except (LookupError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: no progress of ours: {error}") from error
+
+    def summary(self) -> tuple[float, list[ClientSummary]] | None:
+        """The seconds of the whole run and its clients at the end; None: it has not ended."""
+        try:
+            summary = json.loads(self.summary_file.read_bytes())
+            return float(summary["wall_s"]), [ClientSummary(**row) for row in summary["clients"]]
+        except FileNotFoundError:
+            return None
+        except (OSError, LookupError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.summary_file}: no summary of ours: {error}") from error
 
     def seconds(self) -> float:
         """How long training took up to the end of the last round that is noted."""
@@ -242,8 +370,9 @@ class Run:
         summary = {
             "wall_s": seconds, "rounds": len(rounds), "clients": rows, "took_part": rounds
         }  # fmt: skip
-        self._replace(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         self._draw(clients)
+        # last: where it is, the run has ended
+        self._replace(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
 
     def _draw(self, clients: list[ClientSummary]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -317,6 +446,23 @@ def check(
 
 def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record).encode() + b"\n"
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _locked(file: IO[str], how: int) -> bool:
+    """Locks a file until it is closed; False where somebody else's lock is in the way."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _onto_disk(file: int) -> None:

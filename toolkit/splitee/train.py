@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,91 +12,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splitee.client import Client, State
+from splitee.client import Client
 from splitee.data import Images
 from splitee.errors import Late, NotFinite
+from splitee.events import (
+    BatchDone,
+    ClientBack,
+    ClientDone,
+    ClientLost,
+    Evaluated,
+    Event,
+    RoundDone,
+    RoundFailed,
+)
 from splitee.exits import entropy
 from splitee.ops import Array
 from splitee.server import Server
 from splitee.state import Place
 
-
-@dataclass(frozen=True)
-class BatchDone:
-    """One batch of one client. Losses are in nats, before the step.
-
-    The exit's is the mean over the batch, the server's over the samples sent: None of none.
-    """
-
-    client: str
-    samples: int
-    sent: int  # of them to the server
-    exit_loss: float
-    exit_correct: int
-    server_loss: float | None
-
-
-@dataclass(frozen=True)
-class ClientDone:
-    """One client's pass of a round. Of what was replayed, only the bytes count."""
-
-    client: str
-    round: int
-    samples: int
-    sent: int  # of them to the server
-    exit_loss: float
-    exit_accuracy: float  # on the training samples as they came, at the exit at the cut
-    server_loss: float | None  # mean over the samples sent; None: none was
-    seconds: float
-    bytes_up: int
-    bytes_down: int
-    activations_up: int  # the share of bytes_up that its batches sent, without what was replayed
-    state: State
-
-
-@dataclass(frozen=True)
-class ClientLost:
-    """A client that was lost, or late, and is away: the round goes on without it."""
-
-    client: str
-    round: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class ClientBack:
-    """A client that was lost and is back. Batches of a pass that it had not finished are undone."""
-
-    client: str
-    round: int
-    reason: str  # why it was lost
-
-
-@dataclass(frozen=True)
-class RoundDone:
-    """A complete round, after aggregation."""
-
-    round: int
-    states: dict[str, State]  # of every client: what it holds now, or will when it is back
-    missing: Mapping[str, str] = field(default_factory=dict)  # who was drawn in vain, and why
-    idle: Set[str] = frozenset()  # who was not drawn
-
-    @property
-    def clients(self) -> list[str]:
-        """Those whose passes count."""
-        return [n for n in self.states if n not in self.missing and n not in self.idle]
-
-
-@dataclass(frozen=True)
-class RoundFailed:
-    """A round that too few clients completed: it is undone."""
-
-    round: int
-    clients: list[str]  # those that did
-    needed: int
-
-
-Event = BatchDone | ClientDone | ClientLost | ClientBack | RoundDone | RoundFailed
+__all__ = [
+    "Answers",
+    "BatchDone",
+    "ClientBack",
+    "ClientDone",
+    "ClientLost",
+    "Evaluated",
+    "Event",
+    "RoundDone",
+    "RoundFailed",
+    "Rounds",
+    "batches",
+    "evaluate",
+    "fit",
+    "train_batch",
+    "train_pass",
+]
 
 
 class Rounds(Protocol):
@@ -214,8 +164,8 @@ def train_pass(
     )
 
 
-def fit(strategy: Rounds, rounds: int, first: int = 1) -> Iterator[Event]:
-    """Trains for rounds first..rounds, or until every client is lost."""
+def fit(strategy: Rounds, rounds: int, first: int = 1) -> Generator[Event, None, None]:
+    """Trains for rounds first..rounds, until every client is lost, or until it is closed."""
     for number in range(first, rounds + 1):
         yield from strategy.round(number)
         if not strategy.clients:

@@ -1,4 +1,4 @@
-"""The command line: `splitee boards | data | plan | build | train | eval | export | verify | …`."""
+"""The command line: `splitee boards | data | plan | build | train | watch | eval | export | …`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 
 # isort: off
 # importing them adds their commands, in the order in which `splitee --help` lists them
-from splitee_host.cli import boards, data, plan, build, train, evaluate, export  # noqa: F401
-from splitee_host.cli import verify, bench, client, keys  # noqa: F401
+from splitee_host.cli import boards, data, plan, build, train, watch  # noqa: F401
+from splitee_host.cli import evaluate, export, verify, bench, client, keys  # noqa: F401
 
 # isort: on
 from splitee_host.cli.common import app, new_console, plain

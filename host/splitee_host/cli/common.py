@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from splitee.assemble import Assembly, Member
     from splitee.fleet import Fleet
     from splitee.place_int8 import Int8Build
-    from splitee.runs import Checkpoint
+    from splitee.runs import Checkpoint, Run
 
 app = typer.Typer(
     help="Train one neural network on microcontrollers, edge computers and GPUs together.",
@@ -55,6 +56,19 @@ def assembly_of(fleet: Fleet) -> Assembly:
 
     known = load_boards()
     return Assembly(fleet, lambda name: look_up(known, name).for_assembly)
+
+
+def going_on(run: Run) -> str:
+    """The command that goes on with a run."""
+    return f"`splitee train --resume {shlex.quote(str(run.folder))}`"
+
+
+def ended(run: Run, seconds: float) -> str:
+    """What a run that is over has left, in words."""
+    return (
+        f"{len(run.took_part())} rounds in {seconds:.0f} s; curves, metrics and checkpoint in "
+        f"{run.folder}/"
+    )
 
 
 def size_text(size: int) -> str:

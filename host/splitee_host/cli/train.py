@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitee_host.cli.common import BUILD, app, assembly_of, new_console, plain, unaugmented
+from splitee_host.cli.common import (
+    BUILD,
+    app,
+    assembly_of,
+    ended,
+    going_on,
+    new_console,
+    plain,
+    unaugmented,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from splitee.assemble import Assembly
+    from splitee.events import Evaluated, RoundDone
     from splitee.runs import Checkpoint, ClientSummary, Run
     from splitee.strategies import Strategy
     from splitee_host.launch import Launched
@@ -55,7 +66,6 @@ def train(
     def say(text: str) -> None:
         console.print(plain(text), highlight=False)
 
-    checkpoint: Checkpoint | None = None
     if (fleet_file is None) == (resume is None):
         raise FleetError(
             "train takes a fleet file, or --resume with the folder of a run, whose own copy of the "
@@ -67,9 +77,6 @@ def train(
         if not fleet_file.exists():
             raise CheckpointError(f"{fleet_file}: no such file: is {resume} the folder of a run?")
         fleet = read(fleet_file)
-        if run.checkpoint_file.exists():
-            checkpoint = run.load()
-        say(_goes_on(run, checkpoint, fleet.rounds))
     else:
         assert fleet_file is not None
         fleet = read(fleet_file)
@@ -78,40 +85,47 @@ def train(
     assembly = assembly_of(fleet)
     for line in unaugmented(fleet):
         say(line)
-    if checkpoint is not None:
-        held = {name: state.weights for name, state in checkpoint.states.items()}
-        check(held, {m.name: m.state.weights for m in assembly.members})
-    elif resume is None and (unfinished := _unfinished(run)):
-        say(unfinished)
-    with Launcher(assembly, fleet_file, to_c, BUILD, say) as launcher:
-        launched = [launcher.launch(member) for member in assembly.members]
-        strategy = _strategy(assembly, launched, checkpoint)
-        complete = checkpoint.round if checkpoint is not None else 0
+    with run.ours():
+        checkpoint: Checkpoint | None = None
         if resume is not None:
-            run.resume(complete)
-        else:
-            run.begin(fleet_file.read_text(encoding="utf-8"))
-            keys.lend(fleet_file, run.fleet_file)
-        earlier = run.seconds()
-        summaries, usages = _train(console, assembly, run, launched, strategy, complete + 1)
+            if run.checkpoint_file.exists():
+                checkpoint = run.load()
+            say(_goes_on(run, checkpoint, fleet.rounds))
+        elif unfinished := _unfinished(run):
+            say(unfinished)
+        if checkpoint is not None:
+            held = {name: state.weights for name, state in checkpoint.states.items()}
+            check(held, {m.name: m.state.weights for m in assembly.members})
+        with Launcher(assembly, fleet_file, to_c, BUILD, say) as launcher:
+            launched = [launcher.launch(member) for member in assembly.members]
+            strategy = _strategy(assembly, launched, checkpoint)
+            complete = checkpoint.round if checkpoint is not None else 0
+            if resume is not None:
+                run.resume(complete)
+            else:
+                run.begin(fleet_file.read_text(encoding="utf-8"))
+                keys.lend(fleet_file, run.fleet_file)
+            earlier = run.seconds()
+            try:
+                _train(console, assembly, run, launched, strategy, complete + 1)
+                summaries, usages = _test(console, assembly, run, launched, strategy)
+            except KeyboardInterrupt:
+                say(_stopped(run, fleet.rounds))
+                raise
+        run.finish(earlier + time.perf_counter() - began, summaries)
     console.print(final_table(summaries))
     if usages:
         console.print(memory_table(usages))
-    run.finish(earlier + time.perf_counter() - began, summaries)
     rounds = run.took_part()
     for summary in summaries:
         there = sum(summary.name in r["clients"] for r in rounds)
         if any(summary.name in r.get("missing", {}) for r in rounds):
             say(f"{summary.name} took part in {there} of {len(rounds)} rounds")
-    console.print(
-        f"{len(rounds)} rounds in {earlier + time.perf_counter() - began:.0f} s; curves, metrics "
-        f"and checkpoint in {run.folder}/",
-        highlight=False,
-    )
+    say(ended(run, earlier + time.perf_counter() - began))
     if all(summary.lost for summary in summaries):
         raise LinkError(
             "every client was lost; the table shows what was kept of each: when they are back, go "
-            f"on with `splitee train --resume {run.folder}`"
+            f"on with {going_on(run)}"
         )
 
 
@@ -134,9 +148,18 @@ def _unfinished(run: Run) -> str | None:
         if done < rounds:
             return (
                 f"{run.folder}/ holds a run that ended behind round {done} of {rounds}; this one "
-                f"takes its place (`splitee train --resume {run.folder}` goes on with it instead)"
+                f"takes its place ({going_on(run)} goes on with it instead)"
             )
     return None
+
+
+def _stopped(run: Run, rounds: int) -> str:
+    """What Ctrl-C ends with, in words."""
+    complete = run.complete()
+    behind = f"stopped behind round {complete} of {rounds}" if complete else "stopped"
+    if complete == rounds:
+        return f"all {rounds} rounds are complete and saved; {going_on(run)} tests them"
+    return f"{behind}: go on with {going_on(run)}"
 
 
 def _strategy(
@@ -164,25 +187,93 @@ def _train(
     launched: list[Launched],
     strategy: Strategy,
     first: int,
-) -> tuple[list[ClientSummary], list[Usage]]:
-    """Rounds from the first, then the test; a summary and the firmware's memory for each client."""
-    from splitee.errors import LinkError
-    from splitee.runs import ClientSummary
-    from splitee.train import RoundDone, batches, evaluate, fit
+) -> None:
+    """Rounds from the first, or until Ctrl-C: raises KeyboardInterrupt then."""
+    from splitee.curves import Curves
+    from splitee.errors import MissingTool
+    from splitee.events import Event, RoundDone
+    from splitee.progress import Progress
+    from splitee.train import batches, fit
+    from splitee_host.interrupt import Interrupt
     from splitee_host.screen import Screen
 
-    clients = [entry.client for entry in launched]
     fleet = assembly.fleet
-    passes_of = {
+    passes = {
         m.name: batches(m.state.place, fleet.batch, fleet.local_steps) for m in assembly.members
     }
-    samples = {name: sum(sizes) for name, sizes in passes_of.items()}
-    with Screen(console, clients, samples, assembly.fleet.rounds, first) as screen:
-        for event in fit(strategy, assembly.fleet.rounds, first):
-            screen.show(event)
-            run.log(event)
+    progress = Progress(
+        {name: sum(sizes) for name, sizes in passes.items()},
+        fleet.rounds,
+        first,
+        seconds=run.seconds(),
+        traffic={entry.client.name: entry.client.traffic for entry in launched},
+    )
+    run.note(progress, now=True)
+    with ExitStack() as ends:
+        try:
+            curves: Curves | None = ends.enter_context(Curves(run.curves, first))
+        except MissingTool as missing:
+            curves = None
+            console.print(plain(f"no curves for TensorBoard: {missing}"), highlight=False)
+        screen = ends.enter_context(Screen(console, progress))
+
+        def note(event: Event) -> None:
+            progress.take(event)
+            screen.tell(run.log(event))
+            if curves is not None:
+                curves.take(event)
+
+        def asked() -> None:
+            screen.notice(
+                f"finishing round {progress.round}, which is then saved; Ctrl-C again stops at "
+                "once, and loses it"
+            )
+
+        def aborted() -> None:
+            screen.notice(f"stopping: round {progress.round} is lost")
+
+        interrupt = ends.enter_context(Interrupt(asked, aborted))
+        # closed whatever ends it, so that no pass goes on behind our back
+        for event in ends.enter_context(closing(fit(strategy, fleet.rounds, first))):
+            if isinstance(event, RoundDone):
+                for tested in _tests(assembly, strategy, event):
+                    note(tested)
+            note(event)
             if isinstance(event, RoundDone):
                 run.save(event.round, event.states, strategy.servers())
+            run.note(progress, now=isinstance(event, RoundDone))
+            if isinstance(event, RoundDone) and interrupt.asked:
+                raise KeyboardInterrupt
+
+
+def _tests(assembly: Assembly, strategy: Strategy, done: RoundDone) -> Iterator[Evaluated]:
+    """Every client's test behind a round that asks for one; here, so no device waits for it."""
+    from splitee.events import Evaluated
+    from splitee.train import evaluate
+    from splitee_host.launch import torch_device
+
+    every = assembly.fleet.evaluate_every
+    if every is None or done.round % every:
+        return
+    for member in assembly.members:
+        client = assembly.local(member, torch_device())
+        client.start(done.states[member.name], member.images)
+        answers = evaluate(client, strategy.server(member.name), assembly.dataset.test)
+        yield Evaluated(member.name, done.round, answers.exit_accuracy, answers.server_accuracy)
+
+
+def _test(
+    console: Console,
+    assembly: Assembly,
+    run: Run,
+    launched: list[Launched],
+    strategy: Strategy,
+) -> tuple[list[ClientSummary], list[Usage]]:
+    """The test at the end; a summary and the firmware's memory for each client."""
+    from splitee.errors import LinkError
+    from splitee.runs import ClientSummary
+    from splitee.train import evaluate
+
     lost = dict(strategy.away)
     passes = [r for r in run.metrics() if r["event"] == "ClientDone"]
     console.print("testing: every client answers the test images itself", highlight=False)
