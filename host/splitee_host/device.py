@@ -14,7 +14,15 @@ from torch import Tensor
 from splitee.client import Part, Place, Settings, State, Stepped, spread, unsure_of
 from splitee.codec import PLAIN, Codec, Coding
 from splitee.data import Images
-from splitee.errors import DeviceRefused, LinkClosed, LinkError, Mismatch, NotFinite, SpliteeError
+from splitee.errors import (
+    DeviceRefused,
+    Late,
+    LinkClosed,
+    LinkError,
+    Mismatch,
+    NotFinite,
+    SpliteeError,
+)
 from splitee.ops import Array
 from splitee.place import Build
 from splitee.steps import Variant
@@ -191,8 +199,8 @@ class Device(Remote):
                     self.exchange.attach(self._reopen())
                     self._broken = False
                 return self._start(state, max(0.0, end - time.monotonic()))
-            except (Mismatch, DeviceRefused):
-                raise  # it is back, as another
+            except (Mismatch, DeviceRefused, Late):
+                raise  # it is back, as another, or nobody waits for it any more
             except LinkError as error:
                 self._broken = self._broken or isinstance(error, LinkClosed)
                 if time.monotonic() + _REOPEN >= end or (self._broken and self._reopen is None):

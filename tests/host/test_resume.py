@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
-from host_harness import Said, splitee
+from host_harness import splitee
+from runs_harness import assert_same_run, ended, program, summary_of, without_times
 from splitee.runs import Run
 
 ROUNDS = 3
@@ -65,23 +59,6 @@ main()
 """
 
 
-@contextmanager
-def program(*command: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A Python process of its own, whose output can be read as it comes."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def killed_in(place: str, call: int, *words: str | Path) -> str:
     """Runs `splitee words...`, which is killed in that call of a function; what it had said."""
     with program("-c", KILLED, place, str(call), *words) as process:
@@ -96,43 +73,6 @@ def fleet_file(strategy: str = "averaging", aggregate: str = "all") -> Path:
     path = Path("it.toml")
     path.write_text(FLEET.format(strategy=strategy, aggregate=aggregate))
     return path
-
-
-def ended(said: Said) -> str:
-    """The output of a command that went well."""
-    assert (said.code, said.err) == (0, "")
-    return said.out
-
-
-def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records, or clients of a summary; bytes count what had to be sent again."""
-    times = (
-        "seconds", "at_seconds", "bytes_up", "bytes_down", "activations_up",
-        "ms_per_sample", "bytes_up_per_sample", "link",
-    )  # fmt: skip
-    return [{k: v for k, v in line.items() if k not in times} for line in lines]
-
-
-def summary_of(run: Run) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((run.folder / "summary.json").read_text())
-    return summary
-
-
-def assert_same_run(found: Run, expected: Run) -> None:
-    """Every bit of all weights and momenta is the same, and every record but for times."""
-    mine, theirs = (load_file(run.checkpoint_file) for run in (found, expected))
-    assert list(mine) == list(theirs)
-    different = [name for name in mine if mine[name].tobytes() != theirs[name].tobytes()]
-    assert different == []
-    assert found.checkpoint_file.read_bytes() == expected.checkpoint_file.read_bytes()
-    assert without_times(found.metrics()) == without_times(expected.metrics())
-    assert without_times(summary_of(found)["clients"]) == without_times(
-        summary_of(expected)["clients"]
-    )
-    assert summary_of(found)["took_part"] == summary_of(expected)["took_part"]
-    assert sorted(p.name for p in found.folder.iterdir()) == sorted(
-        p.name for p in expected.folder.iterdir()
-    )
 
 
 @pytest.fixture(scope="module")

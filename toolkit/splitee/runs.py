@@ -14,19 +14,22 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as pack
-from torch import Tensor
 
 from splitee.errors import CheckpointError
 from splitee.events import BatchDone, Event, RoundDone
 from splitee.ops import Array
 from splitee.progress import Progress
-from splitee.server import Server
 from splitee.state import Place, State
+
+if TYPE_CHECKING:  # who watches a run needs no torch
+    from torch import Tensor
+
+    from splitee.server import Server
 
 Record = Mapping[str, Any]  # a line of metrics.jsonl: an event, its fields but for states, a time
 
