@@ -131,9 +131,10 @@ def test_ctrl_c_is_asked_for_once_and_raised_from_then_on() -> None:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with Interrupt(lambda: said.append("ask"), lambda: said.append("abort")) as interrupt:
-            assert not interrupt.asked
+            before_and_after = [interrupt.asked]
             os.kill(os.getpid(), signal.SIGINT)
-            assert interrupt.asked
+            before_and_after.append(interrupt.asked)
+            assert before_and_after == [False, True]
             for _ in range(2):
                 with pytest.raises(KeyboardInterrupt):
                     os.kill(os.getpid(), signal.SIGINT)
