@@ -92,7 +92,7 @@ class Device(Remote):
         self.exchange.deadline = deadline
 
     def _expects(self) -> str:
-        return f"the fleet file asks for {self.checksum:08x} (cut {self.cut}): run `splitee build`"
+        return f"the fleet file asks for {self.checksum:08x} (cut {self.cut})"
 
     def _refused(self, asked: m.Message, answer: m.Refused) -> SpliteeError:
         if answer.error == m.Error.NOT_FINITE:

@@ -1,102 +1,94 @@
-"""Early exits on boards: what the exit is sure of is answered there, the rest by the server."""
+"""Early exits at work: an exit answers what it is sure of, the server the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import torch
 
-from splitee.data import Images
-from splitee.errors import MissingTool
-from splitee.exits import entropy
-from splitee.place_int8 import Int8Build
-from splitee.server import Server
-from splitee_host import boards
-from splitee_host.boards import Board
-from splitee_host.int8_device import Int8Device
-from splitee_host.launch import build_firmware
-from splitee_host.link import open_link
+from splitee.certainty import entropy, unsure
+from splitee.ops import Array
+from splitee_host.learner import Learner
+
+
+class Holder(Protocol):
+    """What holds a client's segment: torch, ONNX Runtime, or a board in 8 bits."""
+
+    @property
+    def capacity(self) -> int:
+        """Samples that it takes at once."""
+
+    def infer(self, images: Array) -> Array:
+        """The logits of the exit at the cut, (n, classes), of uint8 images."""
+
+    def activations(self, chosen: Array) -> Array:
+        """Of the images asked last the activations of some, float32; chosen: (n,) of bool."""
+
+
+class LearnerHolder:
+    """A ``Learner`` that learns nothing any more."""
+
+    def __init__(self, learner: Learner, capacity: int) -> None:
+        self.capacity = capacity
+        self._learner = learner
+        self._activations: Array = np.zeros(0, np.float32)
+
+    def infer(self, images: Array) -> Array:
+        """The logits."""
+        self._activations, logits = self._learner.infer(images)
+        return logits
+
+    def activations(self, chosen: Array) -> Array:
+        """Those of the chosen."""
+        return self._activations[chosen]
+
+
+Ask = Callable[[Array], Array | None]
+"""The server's logits for activations; None where it cannot be reached."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """How a board and its server have answered images. Shares and accuracies are 0..1."""
+    """How images were answered; every array has a value for each."""
 
-    samples: int
-    exit_accuracy: float  # of the exit, whether or not it was sure
-    share_at_exit: float
-    accuracy: float  # of both together
-    bytes_up_per_sample: float  # frames included
+    classes: Array
+    exit_classes: Array  # the exit's own answers, whether or not it was sure
+    entropies: Array  # of the exit, at its temperature
+    unsure: Array  # bool: the exit was
+    served: Array  # bool: the server answered
+
+    @property
+    def share_at_exit(self) -> float:
+        """Of the samples those that the exit was sure of, 0..1."""
+        return 1 - float(self.unsure.mean())
 
 
-def answer(device: Int8Device, server: Server, images: Images, threshold: float) -> Answered:
-    """Asks a board for images; those that it is unsure of go up, and the server answers them.
+def answer(
+    holder: Holder, ask: Ask | None, images: Array, threshold: float, temperature: float = 1.0
+) -> Iterator[Answered]:
+    """Answers images, as many at a time as the holder takes.
 
-    threshold: normalised entropy up to which the exit answers.
+    The exit answers up to an entropy of threshold, at its temperature. The activations of all other
+    samples go to the server; where there is none, the exit's answers have to do for them.
     """
-    exits: list[np.ndarray] = []
-    together: list[np.ndarray] = []
-    unsure = 0
-    before = device.traffic.up
-    for start in range(0, len(images), device.capacity):
-        logits = device.infer(images.x[start : start + device.capacity])
-        asked = (entropy(torch.from_numpy(logits)) > threshold).numpy()
-        exits.append(logits.argmax(1))
-        together.append(exits[-1].copy())
-        if asked.any():
-            sent = torch.from_numpy(device.activations(asked))
-            together[-1][asked] = (
-                server.infer(sent, device.build.cut, device.name).argmax(1).cpu().numpy()
-            )
-        unsure += int(asked.sum())
-    return Answered(
-        samples=len(images),
-        exit_accuracy=float((np.concatenate(exits) == images.y).mean()),
-        share_at_exit=1 - unsure / len(images),
-        accuracy=float((np.concatenate(together) == images.y).mean()),
-        bytes_up_per_sample=round((device.traffic.up - before) / len(images), 1),
-    )
+    for start in range(0, len(images), holder.capacity):
+        logits = holder.infer(images[start : start + holder.capacity])
+        entropies = entropy(logits, temperature)
+        asked = unsure(entropies, threshold)
+        classes = logits.argmax(1)
+        exit_classes, served = classes.copy(), np.zeros(len(logits), bool)
+        if ask is not None and asked.any():
+            found = ask(holder.activations(asked))
+            if found is not None:
+                classes[asked], served = found.argmax(1), asked
+        yield Answered(classes, exit_classes, entropies, asked, served)
 
 
-@contextmanager
-def running(
-    name: str,
-    build: Int8Build,
-    board: Board,
-    write_segment: Callable[[Int8Build], str],
-    root: Path,
-    *,
-    link: str | None = None,
-    key: bytes | None = None,
-    say: Callable[[str], None],
-) -> Iterator[tuple[Int8Device, Board]]:
-    """A client's board with its segment of 8 bits, greeted; and what it really is.
+def joined(parts: Sequence[Answered]) -> Answered:
+    """What was answered in parts, as one."""
+    return Answered(*(np.concatenate([getattr(part, name) for part in parts]) for name in _NAMES))
 
-    link: address of a board that runs that firmware already. An emulated board whose emulator or
-    compiler is missing is replaced by a process, and say is told so.
-    """
-    if link is not None:
-        with open_link(link) as opened:
-            device = Int8Device(name, opened, build, key=key)
-            device.hello()
-            yield device, board
-        return
-    try:
-        say(f"{name}: building firmware of 8 bits for {board.name}, cut {build.cut}")
-        started = boards.start(board, build_firmware(build, board, write_segment, root, key))
-    except MissingTool as missing:
-        if board.qemu is None:
-            raise
-        say(f"{name}: {missing}; running the same firmware as a process instead")
-        posix = boards.load_boards()["posix"]
-        with running(name, build, posix, write_segment, root, key=key, say=say) as found:
-            yield found
-        return
-    with started as on:
-        device = Int8Device(name, on.link, build, key=key)
-        device.hello()
-        yield device, board
+
+_NAMES = tuple(Answered.__dataclass_fields__)

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from splitee.client import Traffic
 from splitee.errors import Late, LinkError, SessionLost, Timeout
+from splitee.state import Traffic
 from splitee_host.link import Link
 from splitee_host.window import MANNERS, RoundTrip, Window
 from splitee_host.wire import messages as m
@@ -53,14 +53,17 @@ class Exchange:
         key: bytes | None = None,
         patience: float = 30.0,
         session: int | None = None,
+        silent: str | None = None,
     ) -> None:
         """who: what errors call the device. key: 32 bytes that it has, too; None: CRCs are enough.
 
         patience: seconds without any answer after which the device is lost. session: 1..65535, the
         number of the first; at random by default, so that a device that went on running takes
-        this host for a new one.
+        this host for a new one. silent: what an error asks where nobody answers, if not what a
+        device would be asked.
         """
         self.who = who
+        self._silence = silent
         self.patience = patience
         self.deadline: float | None = None  # of time.monotonic(): what is asked then comes too late
         self.heard = time.monotonic()  # when the last answer came
@@ -190,12 +193,14 @@ class Exchange:
             raise type(error)(f"{self.who}: {error}") from error
 
     def _silent(self, what: str, seconds: float) -> Timeout:
+        where = f"{self.who}: no answer to {what} within {seconds:g} s on {self.link.name}"
+        if self._silence:
+            return Timeout(f"{where}: {self._silence}")
         same = "the same key built into it" if self._key else "no key built into it"
         baud = ", the baud rate right" if self.link.kind == "serial" else ""
         return Timeout(
-            f"{self.who}: no answer to {what} within {seconds:g} s on {self.link.name}: is the "
-            f"device powered, its firmware running with {same}{baud}, and nothing else using the "
-            "link?"
+            f"{where}: is the device powered, its firmware running with {same}{baud}, and nothing "
+            "else using the link?"
         )
 
 

@@ -16,6 +16,8 @@ from splitee_host.wire import messages as m
 class Int8Device(Remote):
     """A segment of 8 bits over a link."""
 
+    _renew = "run `splitee build RUN --int8` and load the new firmware"
+
     def __init__(
         self,
         name: str,
@@ -33,10 +35,7 @@ class Int8Device(Remote):
         self.capacity = build.capacity
 
     def _expects(self) -> str:
-        return (
-            f"{self.checksum:08x} is what the checkpoint is in 8 bits (cut {self.build.cut}): run "
-            "`splitee build RUN --int8`"
-        )
+        return f"{self.checksum:08x} is what the checkpoint is in 8 bits (cut {self.build.cut})"
 
     def infer(self, images: Array) -> Array:
         """The logits (n, classes), float32, of at most capacity uint8 images, channels first.

@@ -7,6 +7,7 @@ from such a file of its own.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -94,6 +95,11 @@ def create(path: Path, names: Iterable[str], *, renew: bool = False) -> list[str
     if new:
         write(path, {**keys, **{name: secrets.token_bytes(KEY_SIZE) for name in new}})
     return new
+
+
+def for_answers(key: bytes) -> bytes:
+    """The key under which a client asks the server: another than that under which it is asked."""
+    return hashlib.blake2s(b"answers", key=key, digest_size=KEY_SIZE).digest()
 
 
 def source(key: bytes) -> str:

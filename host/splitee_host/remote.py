@@ -21,6 +21,11 @@ _PIECE = 64  # bytes of body that are worth a frame, however little a device kee
 class Remote:
     """A client behind a link, whatever its segment is; firmware that is not ours is refused."""
 
+    # how errors call what runs there and what it holds, and the cure where these are not ours
+    _program = "its firmware"
+    _holds = "segment"
+    _renew = "run `splitee build` and load the new firmware"
+
     def __init__(
         self,
         name: str,
@@ -30,20 +35,31 @@ class Remote:
         key: bytes | None = None,
         session: int | None = None,
         patience: float = 30.0,
+        silent: str | None = None,
         close: Callable[[], None] | None = None,
     ) -> None:
         """checksum: of the segment that has to be built in. close: ends what was started for it.
 
-        key, session, patience: as for ``Exchange``.
+        key, session, patience, silent: as for ``Exchange``.
         """
         self.name = name
         self.checksum = checksum
         self.exchange = Exchange(
-            link, f'client "{name}"', key=key, patience=patience, session=session
+            link, self._who, key=key, patience=patience, session=session, silent=silent
         )
         self.traffic = self.exchange.traffic
         self._close = close
         self._receive_max = self._send_max = 0
+
+    @property
+    def _who(self) -> str:
+        """What errors call it."""
+        return f'client "{self.name}"'
+
+    @property
+    def _what(self) -> str:
+        """The same, and where it is."""
+        return f"{self._who} on {self.link.name}"
 
     @property
     def link(self) -> Link:
@@ -68,7 +84,6 @@ class Remote:
         return [self._checked(p, f, expected) for p, f in zip(pieces, frames, strict=True)]
 
     def _checked(self, asked: m.Message, frame: Frame, expected: type[Answer]) -> Answer:
-        what = f'client "{self.name}" on {self.link.name}'
         try:
             answer = m.unpack(frame.code, frame.body)
         except ValueError as error:  # of another schema: not even its Welcome need be ours
@@ -80,18 +95,17 @@ class Remote:
                 raise self._refused(asked, answer)
             strange = type(answer).__name__
         raise Mismatch(
-            f"{what} answered {type(asked).__name__} with something else ({strange}): "
-            "its firmware is not ours; run `splitee build`"
+            f"{self._what} answered {type(asked).__name__} with something else ({strange}): "
+            f"{self._program} is not ours; {self._renew}"
         )
 
     def _refused(self, asked: m.Message, answer: m.Refused) -> SpliteeError:
         """The error that a refusal is."""
-        what = f'client "{self.name}" on {self.link.name}'
-        return DeviceRefused(f"{what}: {refusal(asked, answer)}")
+        return DeviceRefused(f"{self._what}: {refusal(asked, answer)}")
 
     def _expects(self) -> str:
-        """Who asks for which segment, and how it is built."""
-        return f"{self.checksum:08x} is expected: run `splitee build`"
+        """Who asks for which segment."""
+        return f"{self.checksum:08x} is expected"
 
     def hello(self, within: float | None = None) -> m.Welcome:
         """Begins a session; within so many seconds, or as long as patience lasts.
@@ -100,17 +114,16 @@ class Remote:
         """
         frame = self.exchange.hello(within)
         ours, theirs = m.schema(), int.from_bytes(frame.body[:4], "little")
-        what = f'client "{self.name}" on {self.link.name}'
         if theirs != ours:
             raise Mismatch(
-                f"{what}: its firmware speaks schema {theirs:08x}, this host {ours:08x}: "
-                "run `splitee build` and load the new firmware"
+                f"{self._what}: {self._program} speaks schema {theirs:08x}, this host {ours:08x}: "
+                f"{self._renew}"
             )
         welcome = self._checked(m.Hello(ours, 0), frame, m.Welcome)
         if welcome.segment != self.checksum:
             raise Mismatch(
-                f"{what}: its firmware holds segment {welcome.segment:08x}, {self._expects()} and "
-                "load the new firmware"
+                f"{self._what}: {self._program} holds {self._holds} {welcome.segment:08x}, "
+                f"{self._expects()}: {self._renew}"
             )
         self.exchange.room = welcome.window
         # pieces of which another finds room while the device is busy with one
@@ -134,8 +147,8 @@ class Remote:
             assert isinstance(piece, m.Read)
             if len(content) != piece.length:
                 raise Mismatch(
-                    f'client "{self.name}" on {self.link.name} sent {len(content):,} bytes of '
-                    f"{region.name}, not {piece.length:,}: its firmware is not ours"
+                    f"{self._what} sent {len(content):,} bytes of {region.name}, not "
+                    f"{piece.length:,}: {self._program} is not ours"
                 )
         return b"".join(contents)
 

@@ -6,11 +6,8 @@ in what lies below: a ``Learner`` instead of the C kernels, in torch or in ONNX 
 
 from __future__ import annotations
 
-import secrets
 import time
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,24 +19,11 @@ from splitee.place import Build
 from splitee.state import Place, Settings
 from splitee_host.learner import Learner
 from splitee_host.link import Link
+from splitee_host.session import RECEIVE_MAX, SEND_MAX, WINDOW, Refusal, Sessions
 from splitee_host.wire import messages as m
-from splitee_host.wire.frame import Frame, FrameReader, encode
-from splitee_host.wire.seal import Direction, Sealing, nearest, session_key
-
-RECEIVE_MAX = SEND_MAX = 1 << 16  # largest body of a frame, bytes
-WINDOW = 1 << 20  # bytes of requests that wait in the system while it is busy
-
-_MOVES = {message.CODE for message in m.MOVES}
+from splitee_host.wire.frame import Frame
 
 _KINDS: dict[int, Kind] = {m.Codec[k.replace("-", "_").upper()]: k for k in KINDS}
-
-
-@dataclass
-class _Refusal(Exception):
-    """A request that is not carried out."""
-
-    error: m.Error
-    detail: int = 0
 
 
 def serve(link: Link, learner: Learner, build: Build, key: bytes | None = None) -> None:
@@ -47,23 +31,14 @@ def serve(link: Link, learner: Learner, build: Build, key: bytes | None = None) 
     server = _Server(learner, build, key)
     try:
         while True:
-            for answer in server.receive(link.read(3600.0)):
+            for answer in server.sessions.receive(link.read(3600.0)):
                 link.write(answer)
     except LinkClosed:
         return
 
 
-@dataclass
-class _Session:
-    """One of ``firmware/core/session.c``."""
-
-    number: int = 0  # 0: there is none
-    sequence: int = 0  # of the last request
-    key: bytes = b""
-
-
 class _Server:
-    """The state machine of session.c and device.c: idle, or after a forward or a backward."""
+    """The state machine of device.c: idle, or after a forward or a backward."""
 
     def __init__(self, learner: Learner, build: Build, key: bytes | None) -> None:
         self._learner = learner
@@ -79,76 +54,11 @@ class _Server:
         self._select(len(build.stages), upto=True)
         self._phase = 0  # 0 idle, 1 after Forward, 2 after Backward
         self._count = 0  # samples of the part that is held
-        self._key = key
-        self._reader = FrameReader(RECEIVE_MAX + 64, self._sealing_of if key else None)
-        self._active, self._greeted = _Session(), _Session()
-        self._nonce: int | None = None  # None: it made a session, the next hello draws another
-        self._acted = False  # whether the last number was acted on, and the answer is the one to it
-        self._answer: m.Message = m.Done()
-        self._frames = self._foreign = self._repeated = 0
+        self.sessions = Sessions(self, key)
         self._compute_seconds = 0.0
 
-    def _sealing_of(self, frame: Frame) -> Sealing | None:
-        assert self._key is not None
-        if frame.code == m.Hello.CODE:
-            return Sealing(self._key, Direction.TO_DEVICE, 0)
-        session = self._session_of(frame)
-        turns = nearest(session.sequence, frame.sequence) >> 16
-        return Sealing(session.key, Direction.TO_DEVICE, turns) if session.key else None
-
-    def _session_of(self, frame: Frame) -> _Session:
-        return self._active if frame.session == self._active.number else self._greeted
-
-    def receive(self, chunk: bytes) -> Iterator[bytes]:
-        """The coded answers to what has come."""
-        for frame in self._reader.feed(chunk):
-            answer = self._take(frame)
-            if answer is None:
-                continue
-            session = self._greeted if frame.code == m.Hello.CODE else self._active
-            sealing = None
-            if self._key:
-                sealing = Sealing(session.key, Direction.TO_HOST, session.sequence >> 16)
-            sequence = session.sequence & 0xFFFF
-            yield encode(Frame(answer.CODE, session.number, sequence, answer.pack()), sealing)
-
-    def _take(self, frame: Frame) -> m.Message | None:
-        """The answer to a frame; None to one that is of no session, or not in turn."""
-        session = self._session_of(frame)
-        sequence = nearest(session.sequence, frame.sequence)
-        ahead = (sequence - session.sequence) & 0xFFFFFFFF
-        opens = session is self._greeted
-        if frame.code == m.Hello.CODE:
-            ours = frame.session != 0 and frame.sequence == 0
-        else:
-            ours = frame.session == session.number != 0 and sequence != 0
-            ours = ours and (sequence == 1 if opens else ahead in (0, 1))
-        if not ours:
-            self._foreign += 1
-            return None
-        self._frames += 1
-        if frame.code == m.Hello.CODE:
-            return self._welcome(frame)
-        if opens:
-            self._active, self._greeted = session, _Session()
-            self._nonce = None
-            self._phase = 0
-            self._learner.discard()
-        again = not opens and ahead == 0
-        session.sequence = sequence
-        moves = frame.code in _MOVES
-        self._repeated += again and not moves
-        if again and moves == self._acted:  # the number of an act is no other's
-            return None
-        if moves:
-            self._acted = False
-            return self._act(frame)
-        if not again:
-            self._acted = True
-            self._answer = self._act(frame)
-        return self._answer
-
-    def _act(self, frame: Frame) -> m.Message:
+    def act(self, frame: Frame) -> m.Message:
+        """Carries a request out; the answer to it."""
         if frame.code not in (r.CODE for r in m.REQUESTS):
             return m.Refused(m.Error.UNKNOWN_MESSAGE, frame.code)
         try:
@@ -164,7 +74,7 @@ class _Server:
             if isinstance(request, m.Forward | m.Infer | m.Backward | m.Step):
                 self._compute_seconds += time.perf_counter() - began
             return answer
-        except _Refusal as refusal:
+        except Refusal as refusal:
             return m.Refused(refusal.error, refusal.detail)
 
     def _on(self, request: m.Message) -> m.Message:
@@ -193,21 +103,11 @@ class _Server:
             case m.Stats():
                 return self._counters()
             case _:  # a Run: this client has no steps to single out
-                raise _Refusal(m.Error.UNKNOWN_MESSAGE, request.CODE)
+                raise Refusal(m.Error.UNKNOWN_MESSAGE, request.CODE)
         return m.Done()
 
-    def _welcome(self, frame: Frame) -> m.Welcome:
-        try:
-            hello = m.unpack(frame.code, frame.body)
-        except ValueError:  # of another schema: the host compares them
-            hello = m.Hello(0, 0)
-        assert isinstance(hello, m.Hello)
-        if self._nonce is None:
-            self._nonce = secrets.randbits(64)
-        key = b""
-        if self._key:
-            key = session_key(self._key, hello.nonce, self._nonce, frame.session)
-        self._greeted = _Session(frame.session, 0, key)
+    def welcome(self, session: int, nonce: int) -> m.Welcome:
+        """What it is."""
         place = self._learner.place
         return m.Welcome(
             schema=m.schema(),
@@ -219,16 +119,21 @@ class _Server:
             samples=place.samples,
             steps=place.steps,
             shard=zlib.crc32(self._shard[: place.samples * self._build.record_size]),
-            session=self._active.number,
+            session=session,
             fresh=1,
-            nonce=self._nonce,
+            nonce=nonce,
         )
+
+    def begin(self) -> None:
+        """Another host is here, or the same one again: a batch that was begun is forgotten."""
+        self._phase = 0
+        self._learner.discard()
 
     def _on_select(self, cut: int, *, upto: bool) -> None:
         if self._phase != 0:
-            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+            raise Refusal(m.Error.OUT_OF_ORDER, self._phase)
         if not 1 <= cut <= len(self._build.stages):
-            raise _Refusal(m.Error.NO_SUCH_CUT, len(self._build.stages))
+            raise Refusal(m.Error.NO_SUCH_CUT, len(self._build.stages))
         self._select(cut, upto=upto)
 
     def _select(self, cut: int, *, upto: bool) -> None:
@@ -247,21 +152,21 @@ class _Server:
 
     def _on_coding(self, activations: int, gradient: int, kept: int) -> None:
         if self._phase != 0:
-            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+            raise Refusal(m.Error.OUT_OF_ORDER, self._phase)
         codecs = []
         for number in (activations, gradient):
             kind = _KINDS.get(number)
             codec = kind and Codec(kind, self._up.elements, kept if kind == "top-k" else 0)
             if not codec or codec.fault or (kind == "top-k" and kept == 0):
-                raise _Refusal(m.Error.BAD_CODEC, number)
+                raise Refusal(m.Error.BAD_CODEC, number)
             codecs.append(codec)
         self._code(*codecs)
 
     def _settings(self, s: m.Settings) -> None:
         if s.momentum and not self._build.momentum:
-            raise _Refusal(m.Error.NO_MOMENTUM)
+            raise Refusal(m.Error.NO_MOMENTUM)
         if s.distill and not self._build.distills:
-            raise _Refusal(m.Error.NO_DISTILL)
+            raise Refusal(m.Error.NO_DISTILL)
         trunk = s.exit_weight, s.server_weight
         self._learner.settings = Settings(
             s.learning_rate, s.momentum, s.weight_decay, *trunk, s.clip, distill=s.distill
@@ -269,7 +174,7 @@ class _Server:
 
     def _on_place(self, place: Place) -> None:
         if place.samples > self._build.samples_max or place.position > place.samples:
-            raise _Refusal(m.Error.TOO_MANY_SAMPLES, self._build.samples_max)
+            raise Refusal(m.Error.TOO_MANY_SAMPLES, self._build.samples_max)
         self._phase = 0
         self._learner.discard()
         size = self._build.record_size
@@ -280,19 +185,19 @@ class _Server:
 
     def _forward(self, count: int, batch: int) -> m.Forwarded:
         if self._phase == 1:
-            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+            raise Refusal(m.Error.OUT_OF_ORDER, self._phase)
         place = self._learner.place
         if place.samples == 0:
-            raise _Refusal(m.Error.NO_DATA)
+            raise Refusal(m.Error.NO_DATA)
         if not 0 < count <= min(self._build.capacity, batch):
-            raise _Refusal(m.Error.TOO_MANY_SAMPLES, self._build.capacity)
+            raise Refusal(m.Error.TOO_MANY_SAMPLES, self._build.capacity)
         left = place.samples - place.position or place.samples
         if count > left:
-            raise _Refusal(m.Error.TOO_MANY_SAMPLES, left)
+            raise Refusal(m.Error.TOO_MANY_SAMPLES, left)
         labels = self._learner.upcoming(count).y
         bad = labels[labels >= self._build.graph.classes]
         if bad.size:
-            raise _Refusal(m.Error.BAD_LABEL, int(bad[0]))
+            raise Refusal(m.Error.BAD_LABEL, int(bad[0]))
         activations, logits = self._learner.forward(count, batch)
         _put(self._activations, activations)
         _put(self._logits, logits)
@@ -302,9 +207,9 @@ class _Server:
 
     def _infer(self, count: int) -> None:
         if self._phase == 1:
-            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+            raise Refusal(m.Error.OUT_OF_ORDER, self._phase)
         if not 0 < count <= self._build.capacity:
-            raise _Refusal(m.Error.TOO_MANY_SAMPLES, self._build.capacity)
+            raise Refusal(m.Error.TOO_MANY_SAMPLES, self._build.capacity)
         shape = (self._build.capacity, *self._build.graph.input_shape)
         images = np.frombuffer(bytes(self._images), np.uint8).reshape(shape)[:count]
         activations, logits = self._learner.infer(images)
@@ -313,7 +218,7 @@ class _Server:
 
     def _backward(self) -> None:
         if self._phase != 1:
-            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+            raise Refusal(m.Error.OUT_OF_ORDER, self._phase)
         gradient = None
         if self._learner.settings.wants_gradient:
             gradient = self._sent_gradient(self._count).reshape(self._count, *self._shape)
@@ -331,12 +236,12 @@ class _Server:
             try:
                 values.append(codec.decode(sample))
             except ValueError as error:
-                raise _Refusal(m.Error.BAD_CODE, i) from error
+                raise Refusal(m.Error.BAD_CODE, i) from error
         return np.concatenate(values)
 
     def _step(self) -> m.Stepped:
         if self._phase != 2:
-            raise _Refusal(m.Error.OUT_OF_ORDER, self._phase)
+            raise Refusal(m.Error.OUT_OF_ORDER, self._phase)
         self._phase = 0
         try:
             stepped = self._learner.step()
@@ -344,7 +249,7 @@ class _Server:
             detail = m.NOT_FINITE_LOSS
             if error.tensor:
                 detail = self._build.graph.places[error.tensor] + error.place
-            raise _Refusal(m.Error.NOT_FINITE, detail) from error
+            raise Refusal(m.Error.NOT_FINITE, detail) from error
         return m.Stepped(stepped.loss, stepped.correct)
 
     def _settle(self) -> None:
@@ -383,7 +288,7 @@ class _Server:
             else None
         )
         if found is None:  # an arena is only what the C firmware has
-            raise _Refusal(m.Error.NO_SUCH_REGION, region)
+            raise Refusal(m.Error.NO_SUCH_REGION, region)
         return found
 
     def _read_floats(self, region: int) -> bytearray:
@@ -401,7 +306,7 @@ class _Server:
 
     def _read(self, region: int, offset: int, length: int) -> bytes:
         if length > SEND_MAX - 4:
-            raise _Refusal(m.Error.OUT_OF_RANGE, SEND_MAX - 4)
+            raise Refusal(m.Error.OUT_OF_RANGE, SEND_MAX - 4)
         content = self._region(region)
         return bytes(content[_within(content, offset, length)])
 
@@ -417,17 +322,17 @@ class _Server:
         if self._phase == 1:  # the firmware holds the part there
             read_only.add(m.Region.INPUT)
         if region in read_only:
-            raise _Refusal(m.Error.READ_ONLY, region)
+            raise Refusal(m.Error.READ_ONLY, region)
         buffer[place] = content
         if region in (m.Region.WEIGHTS, m.Region.MOMENTUM):
             self._written.add(region)
 
     def _counters(self) -> m.Counters:
-        p = self._learner.place
+        p, s = self._learner.place, self.sessions
         micros = int(self._compute_seconds * 1e6) & 0xFFFFFFFF
         return m.Counters(
-            p.samples, p.position, p.seed, p.epoch, p.steps, self._frames, self._reader.bad,
-            self._foreign, self._repeated, micros, 0, 0,
+            p.samples, p.position, p.seed, p.epoch, p.steps, s.frames, s.bad, s.foreign,
+            s.repeated, micros, 0, 0,
         )  # fmt: skip
 
 
@@ -438,5 +343,5 @@ def _put(buffer: bytearray, tensor: Array) -> None:
 
 def _within(buffer: bytearray, offset: int, length: int) -> slice:
     if offset + length > len(buffer):
-        raise _Refusal(m.Error.OUT_OF_RANGE, len(buffer))
+        raise Refusal(m.Error.OUT_OF_RANGE, len(buffer))
     return slice(offset, offset + length)

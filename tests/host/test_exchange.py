@@ -101,7 +101,7 @@ class Here:
             self._clock.sleep(0.001 if self._waiting or self._answers else max(0.001, timeout))
         # one request is carried out for each look: others wait meanwhile
         if self._waiting:
-            self._answers.extend(self.server.receive(self._waiting.popleft()))
+            self._answers.extend(self.server.sessions.receive(self._waiting.popleft()))
         while self._answers:
             answer = self._answers.popleft()
             if not self._lose():
@@ -453,8 +453,8 @@ def test_is_not_answered_with(ours: bytes | None, theirs: bytes | None) -> None:
     link = Here(key=theirs)
     with pytest.raises(Timeout, match=r"no answer to Hello .*key"):
         keyed(link, ours, patience=0.3).hello()
-    assert link.server._reader.bad > 0
-    assert link.server._frames == 0
+    assert link.server.sessions.bad > 0
+    assert link.server.sessions.frames == 0
 
 
 def test_a_replayed_frame_is_not_carried_out() -> None:
@@ -482,7 +482,7 @@ def test_a_session_that_was_heard_cannot_be_played_to_a_device_that_was_reset() 
         link.write(frame)
         while link.read(0.0):
             pass
-    assert link.server._active.number == 0
+    assert link.server.sessions.active == 0
     assert link.server._learner.place.steps == 3  # of torch's own, not of what was replayed
 
 

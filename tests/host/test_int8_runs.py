@@ -77,6 +77,7 @@ class Expected:
     """What the board should answer: the same numbers in LiteRT, entropy and choice by hand."""
 
     threshold: float  # of entropy; with it some samples are answered by the exit, some are not
+    temperature: float  # of the exit, as eval fits it
     exit_accuracy: float
     share_at_exit: float
     accuracy: float
@@ -90,7 +91,9 @@ def by_litert(run: Run) -> Expected:
     test = assembly.dataset.test[:SAMPLES]
     found = litert(file, file.graph.image(test.x), reference=True)
     logits = file.graph.dequantize(file.graph.logits, found[LOGITS]).astype(np.float64)
-    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    temperature = said_as_json("eval", run.folder)["clients"][0]["temperature"]
+    assert abs(temperature - 1) > 0.1
+    p = np.exp(logits / temperature) / np.exp(logits / temperature).sum(1, keepdims=True)
     entropies = -(p * np.log(p)).sum(1) / math.log(10)
     middle = np.sort(entropies)[SAMPLES // 4 : -SAMPLES // 4]
     widest = int(np.argmax(np.diff(middle)))
@@ -103,6 +106,7 @@ def by_litert(run: Run) -> Expected:
     chosen = np.where(unsure, served.argmax(1), logits.argmax(1))
     return Expected(
         threshold,
+        temperature,
         exit_accuracy=float((logits.argmax(1) == test.y).mean()),
         share_at_exit=float(1 - unsure.mean()),
         accuracy=float((chosen == test.y).mean()),
@@ -111,10 +115,12 @@ def by_litert(run: Run) -> Expected:
 
 def test_eval_asks_the_board_and_the_server_for_what_it_is_unsure_of(place: Path) -> None:
     expected = asdict(by_litert(Run(Path("runs/tiny"))))
+    temperature = expected.pop("temperature")
     options = ("--samples", str(SAMPLES), "--entropy", str(expected.pop("threshold")))
     plain = said_as_json("eval", "runs/tiny", *options)
     found = said_as_json("eval", "runs/tiny", *options, "--device")
     board, here = found["clients"]
+    assert board["temperature"] == temperature
     answered = board.pop("device")
     assert found == plain  # what runs here is as without boards
     assert "device" not in here

@@ -1,31 +1,11 @@
-"""The head of an exit, and how sure it is."""
+"""The head of an exit."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 
-from splitee.exits import Exit, entropy, grid_for
-
-
-@pytest.mark.parametrize(
-    ("logits", "expected"),
-    [
-        ([0.0, 0.0, 0.0, 0.0], 1.0),  # nothing known
-        ([3.0, 3.0, -1e9, -1e9], 0.5),  # one bit of two
-        ([1e9, 0.0, 0.0, 0.0], 0.0),  # certain
-        # p = 1/2, 1/4, 1/8, 1/8: 1.75 bits of two
-        ([math.log(4), math.log(2), 0.0, 0.0], 0.875),
-    ],
-)
-def test_entropy_is_a_share_of_the_most_there_can_be(logits: list[float], expected: float) -> None:
-    assert entropy(torch.tensor([logits])).tolist() == pytest.approx([expected], abs=1e-6)
-
-
-def test_entropy_is_that_of_each_row() -> None:
-    assert entropy(torch.tensor([[0.0, 0.0], [1e9, 0.0]])).tolist() == [1.0, 0.0]
+from splitee.exits import Exit, grid_for
 
 
 @pytest.mark.parametrize(

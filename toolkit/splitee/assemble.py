@@ -107,6 +107,12 @@ class Assembly:
         """The cuts of the fleet's network."""
         return self._network.cuts
 
+    @property
+    def held_out(self) -> Images:
+        """Training images that nobody is trained on: those that the setting samples leaves out."""
+        used = self.fleet.data.samples
+        return self.dataset.train[len(self.dataset.train) if used is None else used :]
+
     def _norm(self) -> str:
         norm = self.fleet.model.norm
         firmware = any(board.firmware for board in self.boards.values())

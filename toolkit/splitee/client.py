@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from splitee import optimizer, step
+from splitee import certainty, optimizer, step
 from splitee.augment import augmented
 from splitee.codec import PLAIN, Codec, Coding
 from splitee.data import Images, Shard
 from splitee.errors import NotFinite
-from splitee.exits import entropy, losses
+from splitee.exits import losses
 from splitee.model import Segment
 from splitee.norms import frozen_norms
 from splitee.ops import Array
-from splitee.state import Place, Settings, State, Stepped, trunk_weights
+from splitee.state import Place, Settings, State, Stepped, Traffic, trunk_weights
 
 __all__ = [
     "Client",
@@ -47,16 +47,9 @@ class Part:
 
 def unsure_of(logits: Tensor, threshold: float) -> Tensor:
     """Which samples an exit does not answer: (samples,) of bool; those without a number, too."""
-    return ~(entropy(logits) <= threshold)
-
-
-@dataclass
-class Traffic:
-    """Bytes that crossed a client's link."""
-
-    up: int = 0
-    down: int = 0
-    activations_up: int = 0  # the share of up that training batches sent
+    entropies = certainty.entropy(logits.detach().cpu().numpy())
+    left = certainty.unsure(entropies, threshold)
+    return torch.from_numpy(left).to(logits.device)
 
 
 class Client(Protocol):

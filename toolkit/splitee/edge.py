@@ -3,6 +3,7 @@
 ==================  ================================================================
 client.json         the build: its graph, without values, and its settings
 weights.npy         the values that it begins with, in one float32 vector
+deployed.json       of a run: what its exit answers by, and how the run's server knows it
 2-upto/infer.onnx   for each cut that is built in, by its number, with every exit up to
   forward.onnx      it (``upto``) or the one at it alone (``own``): the passes as ONNX
   backward.onnx     graphs, whose values are named below
@@ -21,13 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from splitee.codec import Codec, Coding
 from splitee.errors import ExportError
 from splitee.graph import Graph, Op
 from splitee.place import Build
 from splitee.steps import Levers
 
 FORMAT = 2
-NAME, VALUES = "client.json", "weights.npy"
+NAME, VALUES, DEPLOYED = "client.json", "weights.npy", "deployed.json"
+_AGAIN = "export the client again (`splitee export`) and bring all of its folder"
 PASSES = ("infer", "forward", "backward", "step")
 
 # What the graphs' values are called. Weights have their names of the state dict, all others are
@@ -68,6 +71,26 @@ def before(value: str) -> str:
 def after(weight: str) -> str:
     """A weight as it leaves step."""
     return f"{weight}.after"
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A client of a run as it answers: what its exit goes by, and how the run's server knows it."""
+
+    client: str
+    number: int  # its place among the names of the checkpoint's clients, sorted; the first is 1
+    checkpoint: int  # CRC-32 of the checkpoint that both halves are of
+    cut: str
+    entropy: float  # normalised, up to which the exit answers
+    temperature: float  # of the exit
+    coding: Coding  # of the activations that go to the server
+    elements: int  # of a sample's activations
+    classes: int
+
+    @property
+    def codec(self) -> Codec:
+        """How the activations that go to the server are coded."""
+        return self.coding.up(self.elements)
 
 
 @dataclass(frozen=True)
@@ -135,22 +158,46 @@ def read(folder: Path) -> Build:
     it is not what was written.
     """
     path = folder / NAME
-    again = "export the client again (`splitee export`) and bring all of its folder"
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         if described["format"] != FORMAT:
             raise ExportError(
                 f"{path}: it has format {described['format']}, and this program reads {FORMAT}: "
-                f"{again}"
+                f"{_AGAIN}"
             )
         build = _build(described, np.load(folder / VALUES, allow_pickle=False))
     except OSError as error:
-        raise ExportError(f"{error.filename or path}: {error.strerror}: {again}") from error
+        raise ExportError(f"{error.filename or path}: {error.strerror}: {_AGAIN}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{path}: not what was exported ({error!r}): {again}") from error
+        raise ExportError(f"{path}: not what was exported ({error!r}): {_AGAIN}") from error
     if f"{build.checksum:08x}" != described["checksum"]:
-        raise ExportError(f"{path}: it was changed after it was exported: {again}")
+        raise ExportError(f"{path}: it was changed after it was exported: {_AGAIN}")
     return build
+
+
+def deployed_file(deployed: Deployed) -> bytes:
+    """The file of that name."""
+    return (json.dumps(asdict(deployed), indent=1) + "\n").encode()
+
+
+def read_deployed(folder: Path) -> Deployed:
+    """How an exported client answers.
+
+    Raises ExportError where that was not exported, or cannot be read.
+    """
+    path = folder / DEPLOYED
+    if not path.exists():
+        raise ExportError(
+            f"{path}: no such file: to answer, a client has to be exported of a run, "
+            "`splitee export runs/x`"
+        )
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return Deployed(**{**told, "coding": Coding(**told["coding"])})
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror}: {_AGAIN}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path}: not what was exported ({error!r}): {_AGAIN}") from error
 
 
 def _build(described: dict[str, Any], values: np.ndarray[Any, Any]) -> Build:

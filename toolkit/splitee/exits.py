@@ -1,8 +1,7 @@
-"""Early exits: the head on top of a cut, what it learns from, and how sure it is."""
+"""Early exits: the head on top of a cut, and what it learns from."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -50,9 +49,3 @@ def losses(logits: Sequence[Tensor], labels: Tensor, distill: float = 0.0) -> li
         soft = torch.lerp(onehot, deepest, distill)
         targets[:-1] = [soft] * (len(logits) - 1)
     return [F.cross_entropy(z, t, reduction="sum") for z, t in zip(logits, targets, strict=True)]
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Normalised entropy H(softmax(logits)) / ln K of each row, in [0, 1]: 0 is certainty."""
-    log_p = torch.log_softmax(logits, dim=-1)
-    return -(log_p.exp() * log_p).sum(-1) / math.log(logits.shape[-1])

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ Record = Mapping[str, Any]  # a line of metrics.jsonl: an event, its fields but 
 
 _PROGRESS_AGAIN = 0.5  # seconds between two notes of the progress in a round
 _OURS_SOON = 1.0  # seconds in which a folder that somebody looks into is free again
+
+# what was made of the last checkpoint, and is of no other
+_OF_A_CHECKPOINT = ("calibration.json", "eval.csv", "eval.png")
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ class Run:
             "summary.png",
         )  # fmt: skip
         shutil.rmtree(self.curves, ignore_errors=True)
+        self._forget(*_OF_A_CHECKPOINT)
         self._replace(self.fleet_file, fleet_text.encode())
         self._began = time.perf_counter()
 
@@ -160,7 +165,7 @@ class Run:
         """Goes on behind a complete round (0: none): what was noted of later ones is dropped."""
         kept = [r for r in self.metrics() if r["round"] <= complete]
         self._replace(self.metrics_file, b"".join(_line(r) for r in kept))
-        self._forget("summary.json", "summary.png")
+        self._forget("summary.json", "summary.png", *_OF_A_CHECKPOINT)
         self._began = time.perf_counter() - self.seconds()
 
     def _forget(self, *names: str) -> None:
@@ -248,6 +253,14 @@ class Run:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise self._unwritable(error, temporary) from error
+
+    def write(self, name: str, content: bytes) -> None:
+        """Puts a file into the folder, whole or not at all, in place of one that is there."""
+        self._replace(self.folder / name, content)
+
+    def fingerprint(self) -> int:
+        """CRC-32 of the checkpoint's file: two ends with the same one have the same weights."""
+        return zlib.crc32(self.checkpoint_file.read_bytes())
 
     def load(self) -> Checkpoint:
         """The last complete round. Raises CheckpointError when there is none to read."""

@@ -1,4 +1,4 @@
-"""What a client learns with, where it stands and what it has learnt; numpy only."""
+"""What a client learns with, where it stands, what it has learnt and sent; numpy only."""
 
 from __future__ import annotations
 
@@ -74,3 +74,12 @@ class Stepped:
 
     loss: float  # mean cross-entropy, nats
     correct: int
+
+
+@dataclass
+class Traffic:
+    """Bytes that crossed a client's link."""
+
+    up: int = 0
+    down: int = 0
+    activations_up: int = 0  # the share of up that training batches sent

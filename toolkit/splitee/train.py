@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from splitee.certainty import entropy, unsure
 from splitee.client import Client
 from splitee.data import Images
 from splitee.errors import Late, NotFinite
@@ -25,7 +26,6 @@ from splitee.events import (
     RoundDone,
     RoundFailed,
 )
-from splitee.exits import entropy
 from splitee.ops import Array
 from splitee.server import Server
 from splitee.state import Place
@@ -179,6 +179,8 @@ class Answers:
     labels: Array  # (samples,)
     exit_logits: Array  # (samples, classes)
     server_logits: Array  # (samples, classes)
+    client_seconds: float = 0.0  # for all samples, a link's time included
+    server_seconds: float = 0.0
 
     @property
     def exit_accuracy(self) -> float:
@@ -196,22 +198,29 @@ class Answers:
         logits, labels = torch.as_tensor(self.server_logits), torch.as_tensor(self.labels).long()
         return float(F.cross_entropy(logits, labels))
 
-    def early(self, threshold: float) -> tuple[float, float]:
+    def early(self, threshold: float, temperature: float = 1.0) -> tuple[float, float]:
         """The share of samples that the exit answers, and the accuracy of all.
 
         An exit whose normalised entropy is at most threshold answers, the server all others.
+        temperature: of the exit's softmax.
         """
-        sure = entropy(torch.as_tensor(self.exit_logits)).numpy() <= threshold
-        chosen = np.where(sure[:, None], self.exit_logits, self.server_logits).argmax(1)
-        return float(sure.mean()), float((chosen == self.labels).mean())
+        asked = unsure(entropy(self.exit_logits, temperature), threshold)
+        chosen = np.where(asked[:, None], self.server_logits, self.exit_logits).argmax(1)
+        return 1 - float(asked.mean()), float((chosen == self.labels).mean())
 
 
 def evaluate(client: Client, server: Server, images: Images) -> Answers:
-    """Runs test images through the client and on through the server."""
+    """Runs test images through the client and on through the server, and measures how long."""
     exits: list[Tensor] = []
     servers: list[Tensor] = []
+    seconds = [0.0, 0.0]
     for start in range(0, len(images), client.capacity):
+        began = time.perf_counter()
         activations, logits = client.infer(images.x[start : start + client.capacity])
         exits.append(logits.cpu())
+        there = time.perf_counter()
         servers.append(server.infer(activations, client.cut, client.name).cpu())
-    return Answers(images.y, torch.cat(exits).numpy(), torch.cat(servers).numpy())
+        seconds[0] += there - began
+        seconds[1] += time.perf_counter() - there
+    exit_logits, server_logits = torch.cat(exits).numpy(), torch.cat(servers).numpy()
+    return Answers(images.y, exit_logits, server_logits, *seconds)

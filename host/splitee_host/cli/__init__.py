@@ -6,8 +6,8 @@ import sys
 
 # isort: off
 # importing them adds their commands, in the order in which `splitee --help` lists them
-from splitee_host.cli import boards, data, plan, build, train, watch  # noqa: F401
-from splitee_host.cli import evaluate, export, verify, bench, client, keys  # noqa: F401
+from splitee_host.cli import boards, data, plan, build, train, watch, evaluate  # noqa: F401
+from splitee_host.cli import export, verify, bench, client, serve, keys  # noqa: F401
 
 # isort: on
 from splitee_host.cli.common import app, new_console, plain

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from splitee_host.cli.common import app, assembly_of
+from splitee_host.cli.common import Json, app, assembly_of, client_key, listening_address
+from splitee_host.cli.infer import Asked, infer
 
 if TYPE_CHECKING:
     from splitee.place import Build
@@ -20,8 +21,8 @@ def client(
     source: Annotated[
         Path,
         typer.Argument(
-            help="The fleet file (TOML); with --runtime onnx, the folder that `splitee export` "
-            "wrote for the client.",
+            help="The fleet file (TOML), with --infer the folder of a run; with --runtime onnx the "
+            "folder that `splitee export` wrote for the client.",
             metavar="FLEET",
         ),
     ],
@@ -51,21 +52,66 @@ def client(
         ),
     ] = None,
     once: Annotated[bool, typer.Option(help="End when the host leaves.")] = False,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--infer", help="Learn nothing: answer images, and ask the server where unsure."
+        ),
+    ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="With --infer: address of `splitee serve`; without it the exit answers alone.",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="With --infer: a .npz file or a folder with images.",
+            show_default="the run's test images",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="With --infer: only the first so many images.")
+    ] = None,
+    entropy: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="With --infer: the exit answers up to this normalised entropy.",
+            show_default="the fleet's",
+        ),
+    ] = None,
+    device: Annotated[
+        bool,
+        typer.Option("--device", help="With --infer: on the client's board, in 8 bits."),
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Be one of the fleet's clients, in this process: prints its address and waits for the host."""
+    """Be one of the fleet's clients: train with the host that connects, or answer (--infer)."""
     from splitee_host import keys
     from splitee_host.link import serve_tcp
     from splitee_host.serve import serve
 
-    host, port = _address(listen)
+    if answers:
+        infer(
+            Asked(
+                source, name, runtime, server, images, samples, entropy, device, key_file, auth,
+                as_json,
+            )
+        )  # fmt: skip
+        return
+    host, port = listening_address(listen)
     if runtime == "onnx":
         learner, segment = _of_folder(source)
-        key = None if auth == "none" else _client_key(name, key_file, key_file, listen)
+        key = None if auth == "none" else client_key(name, key_file, key_file, listen)
     else:
         learner, segment, fleet_auth = _of_fleet(source, name)
         beside = key_file or keys.file_of(source)
         nobody = (auth or fleet_auth) == "none"
-        key = None if nobody else _client_key(name, key_file, beside, listen)
+        key = None if nobody else client_key(name, key_file, beside, listen)
     with serve_tcp(host, port) as listener, suppress(BrokenPipeError):
         typer.echo(listener.url)
         while True:  # a host that left may come back, or another
@@ -105,42 +151,3 @@ def _of_fleet(fleet_file: Path, name: str | None) -> tuple[Learner, Build, str]:
     assembly = assembly_of(fleet)
     member = assembly.member(name)
     return TorchLearner(assembly.local(member)), member.build, fleet.auth
-
-
-def _client_key(
-    name: str | None, asked: Path | None, place: Path | None, listen: str
-) -> bytes | None:
-    """A client's key: that of its name, or the only one there is; None where it needs none.
-
-    asked: the file that must have it. place: that file, or one that may.
-    """
-    from splitee.errors import KeyFileError
-    from splitee_host import keys
-
-    known = keys.read(place) if place else {}
-    if name is None and len(known) > 1:
-        raise KeyFileError(f"{place}: --name says whose key it is: there are {', '.join(known)}")
-    key = known.get(name) if name is not None else next(iter(known.values()), None)
-    if key is None and asked:
-        whose = f'no key of client "{name}"' if name else "no key"
-        raise KeyFileError(f"{asked}: there is {whose}: bring its line of the host's file of keys")
-    if key is None and keys.is_open_to_others(listen):
-        where = f"bring {place} here" if place else "name a file with its key by --keys"
-        raise KeyFileError(
-            f"{listen}: others are on that network, too: run `splitee keys` where the host is, "
-            f'{where}, or say auth = "none" in the fleet file, and --auth none here'
-        )
-    return key
-
-
-def _address(url: str) -> tuple[str, int]:
-    """Host and port of a tcp:// URL to listen on."""
-    from urllib.parse import urlsplit
-
-    from splitee.errors import LinkError
-
-    with suppress(ValueError):  # a port that is none
-        parts = urlsplit(url)
-        if parts.scheme == "tcp" and parts.hostname and parts.port is not None and not parts.path:
-            return parts.hostname, parts.port
-    raise LinkError(f"cannot listen on {url!r}: take the form tcp://host:port")

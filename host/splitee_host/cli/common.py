@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from splitee.fleet import Fleet
     from splitee.place_int8 import Int8Build
     from splitee.runs import Checkpoint, Run
+    from splitee_host.int8_device import Int8Device
 
 app = typer.Typer(
     help="Train one neural network on microcontrollers, edge computers and GPUs together.",
@@ -92,6 +95,34 @@ def int8_of(assembly: Assembly, member: Member, checkpoint: Checkpoint | None) -
     return of_member(assembly, member, checkpoint.states[member.name].weights)
 
 
+@contextmanager
+def on_board(
+    run: Run, assembly: Assembly, member: Member, checkpoint: Checkpoint
+) -> Iterator[tuple[Int8Device, str]]:
+    """A client's board with its segment in 8 bits, as a checkpoint has it, and what it really is.
+
+    It is started, or spoken to where it runs.
+    """
+    from splitee_exporters.c_int8 import to_c
+    from splitee_host import int8_boards, keys
+    from splitee_host.boards import load_boards
+    from splitee_host.launch import key_of
+
+    known = keys.of_fleet(run.fleet_file, assembly.fleet.auth)
+    running = int8_boards.running(
+        member.name,
+        int8_of(assembly, member, checkpoint),
+        load_boards()[member.table.board],
+        to_c,
+        BUILD,
+        link=member.table.link,
+        key=key_of(member.table, known, assembly.fleet.auth, run.fleet_file),
+        say=lambda text: typer.echo(text, err=True),
+    )
+    with running as (device, board):
+        yield device, board.name
+
+
 def image_shape(text: str) -> tuple[int, int, int]:
     """Channels, height and width of --input. Raises SpliteeError for another form."""
     from splitee.errors import SpliteeError
@@ -123,3 +154,42 @@ def unaugmented(fleet: Fleet) -> list[str]:
         lines.append(f"{', '.join(remote)}: where ONNX Runtime trains, images stay as they are")
     names = ", ".join(fleet.data.augment)
     return [f"augment ({names}) is for clients in torch", *lines] if lines else []
+
+
+def listening_address(url: str) -> tuple[str, int]:
+    """Host and port of a tcp:// URL to listen on."""
+    from urllib.parse import urlsplit
+
+    from splitee.errors import LinkError
+
+    with suppress(ValueError):  # a port that is none
+        parts = urlsplit(url)
+        if parts.scheme == "tcp" and parts.hostname and parts.port is not None and not parts.path:
+            return parts.hostname, parts.port
+    raise LinkError(f"cannot listen on {url!r}: take the form tcp://host:port")
+
+
+def client_key(
+    name: str | None, asked: Path | None, place: Path | None, listen: str
+) -> bytes | None:
+    """A client's key: that of its name, or the only one there is; None where it needs none.
+
+    asked: the file that must have it. place: that file, or one that may.
+    """
+    from splitee.errors import KeyFileError
+    from splitee_host import keys
+
+    known = keys.read(place) if place else {}
+    if name is None and len(known) > 1:
+        raise KeyFileError(f"{place}: --name says whose key it is: there are {', '.join(known)}")
+    key = known.get(name) if name is not None else next(iter(known.values()), None)
+    if key is None and asked:
+        whose = f'no key of client "{name}"' if name else "no key"
+        raise KeyFileError(f"{asked}: there is {whose}: bring its line of the host's file of keys")
+    if key is None and keys.is_open_to_others(listen):
+        where = f"bring {place} here" if place else "name a file with its key by --keys"
+        raise KeyFileError(
+            f"{listen}: others are on that network, too: run `splitee keys` where the host is, "
+            f'{where}, or say auth = "none" in the fleet file, and --auth none here'
+        )
+    return key
