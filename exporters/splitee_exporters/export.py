@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from splitee import edge
 from splitee.data import Images
+from splitee.edge import Deployed
 from splitee.errors import FitError
 from splitee.graph import Graph
 from splitee.ops import Array
@@ -62,6 +63,10 @@ class Subject(Protocol):
     @property
     def tail_graph(self) -> Graph:
         """The server's half."""
+
+    @property
+    def deployed(self) -> Deployed | None:
+        """Of a run: how the client answers, and how the run's server knows it."""
 
     @property
     def learning_rate(self) -> float:
@@ -187,6 +192,8 @@ def _training(subject: Subject) -> tuple[File, Mapping[str, bytes]]:
         distill=subject.distill,
         tolerance=allowed,
     )
+    if subject.deployed is not None:
+        made[edge.DEPLOYED] = edge.deployed_file(subject.deployed)
     interface = {
         "opset": onnx.OPSET,
         "trains": True,

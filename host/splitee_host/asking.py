@@ -12,7 +12,7 @@ import numpy as np
 
 from splitee.codec import Codec
 from splitee.edge import Deployed
-from splitee.errors import DeviceRefused, LinkError, Mismatch, SpliteeError
+from splitee.errors import DeviceRefused, LinkClosed, LinkError, Mismatch, SpliteeError
 from splitee.ops import Array
 from splitee_host.link import Link
 from splitee_host.remote import Remote
@@ -44,14 +44,14 @@ class AskedServer(Remote):
         patience: float = PATIENCE,
     ) -> None:
         """key: of ``keys.for_answers``; None: without."""
-        keyed = "and under the same key" if key else "and without a key for this client"
+        self.keyed = key is not None
         super().__init__(
             deployed.client,
             link,
             deployed.checkpoint,
             key=key,
             patience=patience,
-            silent=f"is it `splitee serve` that runs there, {keyed}?",
+            silent="is it `splitee serve` that runs there?",
         )
         self._deployed = deployed
         self._codec = deployed.codec
@@ -89,7 +89,13 @@ class AskedServer(Remote):
                 f'client "{self.name}": it is number {self._deployed.number} of its run, and a '
                 f"server tells {NUMBERS} apart"
             )
-        self.hello()
+        try:
+            self.hello()
+        except LinkClosed as error:
+            key = "with the same key for" if self.keyed else "without a key for"
+            raise LinkClosed(
+                f"{self._what} hung up at hello: is it `splitee serve`, {key} this client?"
+            ) from error
         self.request(m.Select(self._deployed.number, 0), m.Done)
         kind = m.Codec[self._codec.kind.replace("-", "_").upper()]
         self.request(m.Coding(kind, m.Codec.FLOAT32, self._codec.kept), m.Done)

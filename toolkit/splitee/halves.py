@@ -14,6 +14,7 @@ from splitee import data, zoo
 from splitee.assemble import Assembly, Member
 from splitee.capture import capture, capture_tail
 from splitee.data import Images
+from splitee.edge import Deployed
 from splitee.errors import ModelError
 from splitee.exits import Exit, losses
 from splitee.graph import Graph
@@ -43,6 +44,7 @@ class Halves:
     calibration: Images
     samples: Images  # to check with
     distill: float = 0.0  # share of the deepest exit's answer in what the shallower learn from
+    deployed: Deployed | None = None  # of a run: how it answers, and how the run's server knows it
 
     @property
     def cut_name(self) -> str:

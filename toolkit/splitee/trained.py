@@ -18,6 +18,8 @@ from splitee.ops import Array
 from splitee.runs import Checkpoint, Run
 from splitee.server import Server
 
+_AT_ONCE = 64  # images: in this process no client is short of memory
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -121,7 +123,7 @@ def _fitted(client: LocalClient, images: Images) -> Calibration:
 
 
 def _exit_logits(client: LocalClient, images: Images) -> Array:
-    parts = range(0, len(images), client.capacity)
-    found = [client.infer(images.x[start : start + client.capacity])[1] for start in parts]
+    parts = range(0, len(images), _AT_ONCE)
+    found = [client.infer(images.x[start : start + _AT_ONCE])[1] for start in parts]
     logits: Array = torch.cat(found).cpu().numpy()
     return logits

@@ -13,6 +13,8 @@ from splitee_host.cli.common import Json, app, assembly_of, image_shape, new_con
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from splitee.edge import Deployed
+
 
 @app.command()
 def export(
@@ -88,6 +90,7 @@ def export(
     from splitee.fleet import read
     from splitee.halves import CALIBRATED, Halves, of_fleet, of_model
     from splitee.runs import Run
+    from splitee.trained import deployed, of_run
     from splitee_exporters.export import TIERS, Format, Options, summary
     from splitee_exporters.export import export as write
     from splitee_host.boards import firmware_root, load_boards, look_up
@@ -110,8 +113,13 @@ def export(
         boards = {c.name: c.board for c in fleet.client}
         if client is not None and client not in boards:
             raise FleetError(f'{fleet_file}: no client "{client}": there are {", ".join(boards)}')
-        for made in of_fleet(assembly_of(fleet), run.load() if run else None):
+        assembly, checkpoint = assembly_of(fleet), run.load() if run else None
+        ways: dict[str, Deployed] = {}
+        if run is not None and checkpoint is not None:
+            ways = deployed(run, assembly, checkpoint, of_run(assembly, checkpoint))
+        for made in of_fleet(assembly, checkpoint):
             if client in (None, made.name):
+                made = replace(made, deployed=ways.get(made.name))
                 if data:
                     channels, height, line = made.build.graph.input_shape
                     images = samples.load(data, (channels, height, line))
