@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 import splitee as toolkit_package
 import splitee_host
 from host_harness import splitee
-from splitee import edge
+from splitee import data, edge
 from splitee.assemble import Assembly
 from splitee.errors import CutError, ExportError, NotFinite
 from splitee.fleet import Fleet, parse
@@ -41,8 +41,8 @@ from splitee_host.onnx_learner import OnnxLearner
 @pytest.mark.parametrize("moves", [False, True])
 def test_a_folder_is_the_build_that_was_written(kind: str, moves: bool, tmp_path: Path) -> None:
     build = case(kind, moves=moves).build
-    for name, data in edge.files(build).items():
-        (tmp_path / name).write_bytes(data)
+    for name, content in edge.files(build).items():
+        (tmp_path / name).write_bytes(content)
     found = edge.read(tmp_path)
     assert found.checksum == build.checksum  # what the host compares
     assert (found.record_size, found.samples_max) == (build.record_size, build.samples_max)
@@ -346,3 +346,57 @@ def test_a_client_without_torch_joins_a_fleet_and_learns_what_torch_does(
                 far[f"{name}: {what} of {tensor}"] = np.abs(mine[tensor] - value).max() / scale
     assert {tensor: error for tensor, error in far.items() if not error <= 1e-5} == {}
     assert found.states["far"].place.steps == 6
+
+
+# ---- a client without torch that answers ----
+
+
+def test_a_client_without_torch_answers_and_asks_the_server_as_one_with_torch_does(
+    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained(tmp_path, FLEET.format("torch", 'codec = "int8"').replace("rounds = 2", "rounds = 1"))
+    run = Path("runs/with-edge")
+    fleet_file = run / "fleet.toml"
+    fleet_file.write_text(fleet_file.read_text().replace('"torch"', '"python"'))
+    assert splitee("export", run, "--client", "far").code == 0
+    images = data.load("digits").test[:40]
+    np.savez("images.npz", x=images.x, y=images.y)
+    words = ("--infer", "--images", "images.npz", "--json")
+    alone = json.loads(splitee("client", run, "--name", "far", *words).out)["answers"]
+    middle = sorted(a["entropy"] for a in alone)[10:30]
+    gap = max(range(19), key=lambda i: middle[i + 1] - middle[i])
+    threshold = str((middle[gap] + middle[gap + 1]) / 2)
+    serve = [sys.executable, "-m", "splitee_host.cli", "serve", str(run)]
+    with subprocess.Popen(
+        [*serve, "--listen", "tcp://127.0.0.1:0"], stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            asked = (*words, "--entropy", threshold, "--server", server.stdout.readline().strip())
+            said = subprocess.run(
+                command(python, "client", "exported/far", "--runtime", "onnx", *asked),
+                env=clean(), capture_output=True, text=True,
+            )  # fmt: skip
+            assert said.returncode == 0, said.stderr
+            there = splitee("client", run, "--name", "far", *asked)
+        finally:
+            server.kill()
+    assert there.code == 0, there.err
+    found, expected = json.loads(said.stdout), json.loads(there.out)
+    assert 0 < expected["at_server"] < 40
+    for name in ("class", "answered"):
+        assert [a[name] for a in found["answers"]] == [a[name] for a in expected["answers"]]
+    near, far = ([a["entropy"] for a in told["answers"]] for told in (found, expected))
+    np.testing.assert_allclose(near, far, atol=1e-4)
+    assert found["accuracy"] == expected["accuracy"]
+
+
+def test_only_a_client_of_a_run_can_answer(tmp_path: Path) -> None:
+    write_client(case("pools").build, tmp_path)
+    said = splitee("client", tmp_path, "--runtime", "onnx", "--infer", "--images", "digits")
+    assert said.code == 1
+    words = " ".join(said.err.split())
+    assert "deployed.json: no such file: to answer, a client has to be exported of a run" in words
+    said = splitee("client", tmp_path, "--runtime", "onnx", "--infer")
+    assert "an exported client has no images: name some (--images)" in " ".join(said.err.split())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -131,8 +133,27 @@ def test_eval_asks_the_board_and_the_server_for_what_it_is_unsure_of(place: Path
     assert payload < answered["bytes_up_per_sample"] < payload + 3 * 32
 
 
+def test_a_board_s_images_are_answered_there_or_by_a_server_behind_a_link(place: Path) -> None:
+    words = ("--samples", "24", "--entropy", "0.6", "--device")
+    (board, _) = said_as_json("eval", "runs/tiny", *words)["clients"]
+    command = [sys.executable, "-m", "splitee_host.cli", "serve", "runs/tiny"]
+    with subprocess.Popen(
+        [*command, "--listen", "tcp://127.0.0.1:0"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            client = ("client", "runs/tiny", "--infer", "--name", "board", "--server", url)
+            found = said_as_json(*client, *words)
+        finally:
+            process.kill()
+    assert 0 < found["at_server"] < 24
+    for key in ("accuracy", "share_at_exit"):
+        assert found[key] == pytest.approx(board["device"][key])
+
+
 def test_the_table_says_where_each_client_ran(place: Path) -> None:
-    said = splitee("eval", "runs/tiny", "--samples", "8", "--device")
+    said = splitee("eval", "runs/tiny", "--samples", "8", "--device", "--entropy", "0.5")
     assert said.code == 0
     rows = [
         [cell.strip() for cell in line.strip("│").split("│")]

@@ -92,7 +92,7 @@ def _opened(asked: Asked) -> Iterator[_Client]:
 
 def _of_folder(asked: Asked) -> _Client:
     """An exported client, in ONNX Runtime."""
-    from splitee import edge, samples
+    from splitee import edge
     from splitee.errors import SpliteeError
     from splitee_host.early import LearnerHolder
     from splitee_host.onnx_learner import OnnxLearner
@@ -106,7 +106,7 @@ def _of_folder(asked: Asked) -> _Client:
     learner = OnnxLearner(asked.source)
     way = edge.read_deployed(asked.source)
     learner.move(way.cut, upto=True)
-    images = samples.load(asked.images, _shape(learner.build.graph.input_shape))
+    images = _images(asked.images, _shape(learner.build.graph.input_shape))
     holder = LearnerHolder(learner, learner.build.capacity)
     place = asked.key_file
     return _Client(holder, way, images[: asked.samples], place, asked.auth or "auto")
@@ -117,7 +117,7 @@ def _of_run(asked: Asked) -> Iterator[_Client]:
     """A client of a run: in torch, or on its board."""
     import torch
 
-    from splitee import samples, trained
+    from splitee import trained
     from splitee.errors import FleetError
     from splitee.fleet import read
     from splitee.runs import Run
@@ -141,8 +141,8 @@ def _of_run(asked: Asked) -> Iterator[_Client]:
     one = found[asked.name]
     way = trained.deployed(run, assembly, checkpoint, list(found.values()))[asked.name]
     images = assembly.dataset.test
-    if asked.images is not None and asked.images != assembly.dataset.name:
-        images = samples.load(asked.images, assembly.dataset.shape)
+    if asked.images is not None:
+        images = _images(asked.images, assembly.dataset.shape)
     place = asked.key_file or keys.file_of(run.fleet_file)
     client = partial(
         _Client,
@@ -193,6 +193,13 @@ def _connected(url: str, way: Deployed, key: bytes | None) -> AskedServer:
         server.close()
         raise
     return server
+
+
+def _images(source: str, shape: tuple[int, int, int]) -> Images:
+    """What --images names: of a bundled dataset those that nobody was trained on."""
+    from splitee import data, samples
+
+    return data.load(source).test if source in data.DATASETS else samples.load(source, shape)
 
 
 def _shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
