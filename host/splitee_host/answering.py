@@ -36,7 +36,6 @@ class Half:
     number: int  # its place among the run's clients, by name; the first is 1
     key: bytes | None  # under which it asks; None: it has none
     elements: int  # of a sample's activations
-    classes: int
     infer: Callable[[Array], Array]  # float32 (n, elements) -> logits (n, classes); one at a time
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -182,23 +183,6 @@ def test_bytes_are_those_that_eval_counts(server: str) -> None:
     assert counted - frames <= (found["bytes_sent"] - opening) / 20 <= counted + 0.1
 
 
-def test_several_clients_are_answered_at_once(server: str) -> None:
-    words = ("--infer", "--server", server, "--samples", "32", "--entropy", "0.1", "--json")
-    command = [sys.executable, "-m", "splitee_host.cli", "client", "runs/answers"]
-    started = {
-        name: subprocess.Popen(
-            [*command, "--name", name, *words], stdout=subprocess.PIPE, text=True
-        )
-        for name in NAMES[:2]
-    }
-    for name, process in started.items():
-        out, _ = process.communicate()
-        assert process.returncode == 0
-        alone = said_as_json("client", "runs/answers", "--name", name, *words[:-1])
-        assert json.loads(out) == alone
-        assert alone["at_server"] > 0
-
-
 def test_without_a_server_the_exit_answers_and_says_where_it_is_unsure(place: Path) -> None:
     said = splitee(
         "client", "runs/answers", "--infer", "--name", "plain", "--samples", "20", "--entropy", "0"
@@ -293,7 +277,7 @@ WEIGHTS = np.arange(24, dtype=np.float32).reshape(6, 4)
 
 
 def half(client: str, number: int, key: bytes | None = None) -> Half:
-    return Half(client, number, key, 6, 4, lambda x: np.asarray(x @ (number * WEIGHTS)))
+    return Half(client, number, key, 6, lambda x: np.asarray(x @ (number * WEIGHTS)))
 
 
 def deployed(client: str = "a", number: int = 1, codec: Coding | None = None) -> Deployed:
@@ -336,6 +320,25 @@ def test_what_crosses_is_what_the_codec_makes_of_it(kind: Any) -> None:
             codec = way.codec
             arrived = codec.decode(codec.encode(x.reshape(len(x), 6)))
             np.testing.assert_allclose(found, arrived @ (way.number * WEIGHTS), rtol=1e-5)
+
+
+def test_several_clients_are_answered_at_once() -> None:
+    halves = [half(str(number), number) for number in range(1, 7)]
+    everyone = threading.Barrier(len(halves))
+
+    def ask(way: Deployed) -> bool:
+        rng, right = np.random.default_rng(way.number), True
+        asked = connected(url, way)
+        everyone.wait(60)  # all of them are connected by now
+        for _ in range(20):
+            x = rng.normal(0, 1, (5, *SHAPE)).astype(np.float32)
+            expected = x.reshape(5, 6) @ (way.number * WEIGHTS)
+            right &= np.allclose(asked.logits(x), expected, rtol=1e-4, atol=1e-4)
+        asked.close()
+        return right
+
+    with answering(*halves) as url, ThreadPoolExecutor(len(halves)) as pool:
+        assert all(pool.map(ask, [deployed(h.client, h.number) for h in halves]))
 
 
 def test_a_key_is_one_clients_alone() -> None:

@@ -73,6 +73,11 @@ def calibrations(
     return found
 
 
+def numbers(checkpoint: Checkpoint) -> dict[str, int]:
+    """By which the wire tells clients apart that ask: places of their sorted names, from 1 on."""
+    return {name: number for number, name in enumerate(sorted(checkpoint.states), 1)}
+
+
 def deployed(
     run: Run,
     assembly: Assembly,
@@ -84,14 +89,14 @@ def deployed(
 
     entropy: up to which exits answer; that of the fleet by default.
     """
-    numbers = {name: number for number, name in enumerate(sorted(checkpoint.states), 1)}
+    known = numbers(checkpoint)
     found = calibrations(run, assembly, trained)
     stamp = run.fingerprint()
     threshold = assembly.fleet.entropy if entropy is None else entropy
     return {
         t.member.name: Deployed(
             client=t.member.name,
-            number=numbers[t.member.name],
+            number=known[t.member.name],
             checkpoint=stamp,
             cut=t.client.cut,
             entropy=threshold,

@@ -13,7 +13,6 @@ from splitee_host.cli.common import app, assembly_of, listening_address, new_con
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from splitee.edge import Deployed
     from splitee.trained import Trained
     from splitee_host.answering import Half
 
@@ -39,7 +38,7 @@ def serve(
 
     from splitee.fleet import read
     from splitee.runs import Run
-    from splitee.trained import deployed, of_run
+    from splitee.trained import numbers, of_run
     from splitee_host import keys
     from splitee_host.answering import AnsweringServer
     from splitee_host.launch import torch_device
@@ -52,12 +51,12 @@ def serve(
     fleet = read(run.fleet_file)
     assembly = assembly_of(fleet)
     trained = of_run(assembly, checkpoint, torch_device())
-    ways = deployed(run, assembly, checkpoint, trained)
     nobody = (auth or fleet.auth) == "none"
     known = {} if nobody else keys.read(keys.file_of(run.fleet_file))
     if not nobody and keys.is_open_to_others(listen):
         trained = _with_keys(trained, known, listen, run.fleet_file)
-    halves = [_half(one, ways[one.member.name], known) for one in trained]
+    number = numbers(checkpoint)
+    halves = [_half(one, number[one.member.name], known) for one in trained]
     server = AnsweringServer(halves, run.fingerprint(), say=lambda text: typer.echo(text, err=True))
     with serve_tcp(host, port) as listener, suppress(KeyboardInterrupt):
         typer.echo(listener.url)
@@ -90,25 +89,24 @@ def _with_keys(
     return there
 
 
-def _half(one: Trained, way: Deployed, known: Mapping[str, bytes]) -> Half:
+def _half(one: Trained, number: int, known: Mapping[str, bytes]) -> Half:
     """What completes a client's answers."""
     import torch
 
     from splitee_host import keys
     from splitee_host.answering import Half
 
-    shape = one.member.graph.shapes[one.member.graph.cut]
+    graph, name = one.member.graph, one.member.name
+    key = known.get(name)
 
     def infer(values: Any) -> Any:
-        activations = torch.from_numpy(values.reshape(-1, *shape))
-        return one.server.infer(activations, way.cut, way.client).cpu().numpy()
+        activations = torch.from_numpy(values.reshape(-1, *graph.shapes[graph.cut]))
+        return one.server.infer(activations, one.client.cut, name).cpu().numpy()
 
-    key = known.get(way.client)
     return Half(
-        client=way.client,
-        number=way.number,
+        client=name,
+        number=number,
         key=keys.for_answers(key) if key else None,
-        elements=way.elements,
-        classes=way.classes,
+        elements=graph.elements(graph.cut),
         infer=infer,
     )
