@@ -37,6 +37,7 @@ width = 4
 norm = "group"
 [data]
 samples = 128
+held_out = 200
 [[client]]
 name = "board"
 board = "posix"

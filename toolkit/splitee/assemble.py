@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -18,7 +18,7 @@ from splitee.client import Client, LocalClient, Place, State
 from splitee.data import Dataset, Images
 from splitee.errors import CutError, FitError, FleetError
 from splitee.exits import Exit
-from splitee.fleet import ClientTable, Fleet
+from splitee.fleet import ClientTable, DataTable, Fleet
 from splitee.graph import Graph
 from splitee.model import Cut, Network, Segment, Tail
 from splitee.norms import freeze
@@ -85,7 +85,7 @@ class Assembly:
         """boards tells of a board by name, and raises SpliteeError for an unknown one."""
         self.fleet = fleet
         self.boards = {c.name: boards(c.board) for c in fleet.client}
-        self.dataset: Dataset = datasets.load(fleet.data)
+        self.dataset, self.held_out = _held_out(fleet.data)
         self.norm = self._norm()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fleet.seed)
@@ -106,12 +106,6 @@ class Assembly:
     def cuts(self) -> tuple[Cut, ...]:
         """The cuts of the fleet's network."""
         return self._network.cuts
-
-    @property
-    def held_out(self) -> Images:
-        """Training images that nobody is trained on: those that the setting samples leaves out."""
-        used = self.fleet.data.samples
-        return self.dataset.train[len(self.dataset.train) if used is None else used :]
 
     def _norm(self) -> str:
         norm = self.fleet.model.norm
@@ -423,6 +417,25 @@ class Assembly:
         mirrors = {client: layers.mirror for client, layers in own.items() if layers}
         tail = Tail(Network(model, self.dataset.shape), [m.cut for m in members], mirrors)
         return Server(tail, self.fleet.server_settings, device, name=name)
+
+
+def _held_out(table: DataTable) -> tuple[Dataset, Images]:
+    """A fleet's data, and the training images that nobody is trained on.
+
+    The setting samples counts those that are left to train on.
+    """
+    extra = table.held_out or 0
+    if table.samples is not None:
+        table = table.model_copy(update={"samples": table.samples + extra})
+    whole = datasets.load(table)
+    kept = len(whole.train) - extra
+    if kept <= 0:
+        raise FleetError(
+            f"data.held_out = {extra:,}: there are {len(whole.train):,} training images: hold "
+            "fewer out"
+        )
+    owners = whole.owners if whole.owners is None else whole.owners[:kept]
+    return replace(whole, train=whole.train[:kept], owners=owners), whole.train[kept:]
 
 
 def _parts(samples: int, batch: int, capacity: int) -> set[int]:

@@ -12,12 +12,6 @@ import numpy as np
 from splitee.certainty import log_softmax
 from splitee.ops import Array
 
-LEAST = 100
-"""Images without which no temperature is fitted: of fewer, a few decide."""
-
-MOST = 2000
-"""Images that are enough for one number."""
-
 BOUNDS = (0.1, 10.0)
 """Temperatures that are looked at: an exit that makes no mistake on few images is not certain."""
 

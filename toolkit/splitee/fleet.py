@@ -61,6 +61,8 @@ class DataTable(_Table):
     download: bool = False  # where torchvision's is not there
     size: Annotated[int, Field(ge=1, le=1024)] | None = None  # pixels a side; None: as they are
     samples: Annotated[int, Field(ge=1)] | None = None  # training images used; None: all
+    # further training images, that nobody is trained on: exits are calibrated with them; None: none
+    held_out: Annotated[int, Field(ge=100)] | None = None
     test_samples: Annotated[int, Field(ge=1)] | None = None  # test images used; None: all
     # what changes training images anew in each epoch, in this order, on clients in torch
     augment: list[Augmentation] = []

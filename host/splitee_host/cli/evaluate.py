@@ -110,8 +110,8 @@ def evaluate_run(
     console.print(_eval_table(title, rows, where=device))
     if all(way.temperature == 1 for way in ways.values()):
         console.print(
-            "exits are not calibrated: no training images are held out for that (`samples` in "
-            "[data] leaves some out)",
+            "exits are not calibrated: no training images are held out for that (held_out in the "
+            "fleet file's [data])",
             highlight=False,
         )
     if points:
