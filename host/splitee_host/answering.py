@@ -25,6 +25,7 @@ CAPACITY = 64  # samples that may be asked at once
 
 _GREETING = 10.0  # seconds that who connects has until its first frame
 _GREETING_MAX = 1024  # bytes; a hello takes fewer
+_REQUESTS = {request.CODE for request in m.REQUESTS}
 _KINDS: dict[int, Kind] = {m.Codec[k.replace("-", "_").upper()]: k for k in KINDS}
 
 
@@ -87,6 +88,8 @@ class _Answers:
 
     def act(self, frame: Frame) -> m.Message:
         """Carries a request out; the answer to it."""
+        if frame.code not in _REQUESTS:
+            return m.Refused(m.Error.UNKNOWN_MESSAGE, frame.code)
         try:
             request = m.unpack(frame.code, frame.body)
         except ValueError:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from host_harness import splitee
 from splitee import calibrate, data
@@ -29,11 +31,11 @@ from splitee.ops import Array
 from splitee.runs import Run
 from splitee.train import Answers, evaluate
 from splitee_host import boards, early, keys
-from splitee_host.answering import CAPACITY, AnsweringServer, Half
+from splitee_host.answering import CAPACITY, AnsweringServer, Half, _Answers
 from splitee_host.asking import AskedServer, Asker, sent_bytes
 from splitee_host.link import open_link, serve_tcp
 from splitee_host.wire import messages as m
-from splitee_host.wire.frame import coded_size
+from splitee_host.wire.frame import Frame, coded_size
 
 # The servers' weights are not averaged, so that each client has to be completed by its own. In
 # another order than that of their names, by which the wire counts them.
@@ -402,6 +404,7 @@ WRONG: dict[str, tuple[list[m.Message], m.Refused]] = {
         m.Refused(m.Error.NO_SUCH_REGION, m.Region.WEIGHTS),
     ),
     "training": ([m.Step()], m.Refused(m.Error.UNKNOWN_MESSAGE, m.Step.CODE)),
+    "an answer": ([m.Done()], m.Refused(m.Error.UNKNOWN_MESSAGE, m.Done.CODE)),
 }
 
 
@@ -415,6 +418,22 @@ def test_the_server_refuses(title: str) -> None:
         asked.close()
     assert m.unpack(frames[-1].code, frames[-1].body) == refused
     assert all(frame.code != m.Refused.CODE for frame in frames[:-1])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([*(r.CODE for r in m.REQUESTS[1:]), 0x80, 0xEE]),
+            st.binary(max_size=40),
+        ),
+        max_size=8,
+    )
+)
+def test_whatever_it_is_asked_it_answers(requests: list[tuple[int, bytes]]) -> None:
+    answers = _Answers([half("a", 1)], 77, None, threading.Lock())
+    for code, body in [(m.Select.CODE, m.Select(1, 0).pack()), *requests]:
+        answer = answers.act(Frame(code, 1, 1, body))
+        assert type(answer) in m.ANSWERS
 
 
 def test_another_session_is_nobodys_again() -> None:

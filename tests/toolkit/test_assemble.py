@@ -440,3 +440,27 @@ def test_the_effect_of_each_lever_is_that_of_a_build_with_it() -> None:
     assert (back.now, back.other, back.arena_bytes) == ("1.0", "0.0", build.arena_bytes)
     again = pulled.schedule.macs_again / build.graph.macs()[0]
     assert back.price == found["recompute"].price == f"{again:.0%} of the forward pass again; exact"
+
+
+@pytest.mark.parametrize("samples", [200, None])
+def test_images_that_are_held_out_are_nobody_s(samples: int | None) -> None:
+    data = "held_out = 150" + (f"\nsamples = {samples}" if samples else "")
+    without = f"samples = {samples}" if samples else ""
+    fleet = 'name = "x"\n[model]\nwidth = 4\n[[client]]\nname = "a"\n[[client]]\nname = "b"\n'
+    held, plain = (
+        Assembly(parse(f"{fleet}[data]\n{words}"), lambda board: Board(False, None))
+        for words in (data, without)
+    )
+    used = samples or 1437 - 150
+    assert sum(len(member.images) for member in held.members) == used
+    every = np.concatenate([held.dataset.train.x[:used], held.held_out.x])
+    assert len(held.held_out) == 150
+    assert len(plain.held_out) == 0
+    # the first of one order: those behind what is used
+    whole = parse(f"{fleet}[data]\nsamples = {used + 150}")
+    assert np.array_equal(every, Assembly(whole, lambda board: Board(False, None)).dataset.train.x)
+
+
+def test_more_than_there_are_cannot_be_held_out() -> None:
+    with pytest.raises(FleetError, match="held_out = 2,000: there are 1,437 training images"):
+        assembly("a:torch", "[data]\nheld_out = 2000")

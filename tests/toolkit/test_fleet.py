@@ -98,7 +98,7 @@ def test_a_good_file_says_what_it_says() -> None:
         "model": {"name": "resnet20", "width": 8, "norm": "group", "batch_norm": "frozen"},
         "data": {
             "name": "digits", "path": None, "download": False, "size": None, "samples": None,
-            "test_samples": None, "augment": [], "partition": "iid", "alpha": 0.5,
+            "held_out": None, "test_samples": None, "augment": [], "partition": "iid", "alpha": 0.5,
             "classes_per_client": 2,
         },
         "optimizer": {

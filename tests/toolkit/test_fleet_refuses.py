@@ -16,7 +16,7 @@ KEYS = {
     "round_deadline, model, data, optimizer, client",
     "model": "name, width, norm, batch_norm",
     "data": (
-        "name, path, download, size, samples, test_samples, augment, partition, alpha, "
+        "name, path, download, size, samples, held_out, test_samples, augment, partition, alpha, "
         "classes_per_client"
     ),
     "optimizer": "kind, learning_rate, server_rate, warmup, server_warmup, schedule, step_every, "
