@@ -177,7 +177,8 @@ class AnsweringServer:
         try:
             while True:
                 link = listener.accept()
-                thread = threading.Thread(target=self._attend, args=(link,))
+                # a daemon: nobody waits for one whom an interrupt kept out of the list below
+                thread = threading.Thread(target=self._attend, args=(link,), daemon=True)
                 thread.start()
                 threads = {t: k for t, k in threads.items() if t.is_alive()} | {thread: link}
         except LinkClosed:

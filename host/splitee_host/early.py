@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
@@ -88,7 +88,5 @@ def answer(
 
 def joined(parts: Sequence[Answered]) -> Answered:
     """What was answered in parts, as one."""
-    return Answered(*(np.concatenate([getattr(part, name) for part in parts]) for name in _NAMES))
-
-
-_NAMES = tuple(Answered.__dataclass_fields__)
+    names = [field.name for field in fields(Answered)]
+    return Answered(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))

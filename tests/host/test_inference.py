@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -224,6 +225,25 @@ def test_ctrl_c_ends_a_server_that_clients_are_connected_to(place: Path) -> None
         }  # fmt: skip
 
 
+def test_a_client_with_a_key_asks_under_it_and_not_otherwise(place: Path) -> None:
+    shutil.copytree("runs/answers", "keyed")
+    assert splitee("keys", "keyed/fleet.toml").code == 0  # for the one in a process of its own
+    with serving("keyed") as process:
+        words = ("--infer", "--server", address(process), "--samples", "6", "--entropy", "0")
+        for name in ("coded", "plain"):
+            assert said_as_json("client", "keyed", "--name", name, *words)["at_server"] == 6
+        said = splitee("client", "keyed", "--name", "coded", *words, "--auth", "none")
+        assert said.code == 1
+        assert "is answered under its own alone: bring its line" in " ".join(said.err.split())
+        other = Path("other.keys.toml")
+        keys.create(other, ["coded"])
+        said = splitee("client", "keyed", "--name", "coded", *words, "--keys", other)
+        assert said.code == 1
+        assert "hung up at hello: is it `splitee serve`, with the same key" in " ".join(
+            said.err.split()
+        )
+
+
 # ---- what is refused ----
 
 
@@ -430,7 +450,8 @@ def test_the_server_refuses(title: str) -> None:
     )
 )
 def test_whatever_it_is_asked_it_answers(requests: list[tuple[int, bytes]]) -> None:
-    answers = _Answers([half("a", 1)], 77, None, threading.Lock())
+    silent = Half("a", 1, None, 6, lambda x: np.zeros((len(x), 4)))
+    answers = _Answers([silent], 77, None, threading.Lock())
     for code, body in [(m.Select.CODE, m.Select(1, 0).pack()), *requests]:
         answer = answers.act(Frame(code, 1, 1, body))
         assert type(answer) in m.ANSWERS
