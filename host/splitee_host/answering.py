@@ -17,7 +17,7 @@ from splitee.codec import KINDS, Codec, Kind
 from splitee.errors import LinkClosed, LinkError
 from splitee.ops import Array
 from splitee_host.link import Link, Listener
-from splitee_host.session import RECEIVE_MAX, SEND_MAX, WINDOW, Refusal, Sessions
+from splitee_host.session import WINDOW, Refusal, Sessions
 from splitee_host.wire import messages as m
 from splitee_host.wire.frame import Frame
 
@@ -56,7 +56,7 @@ class _Answers:
         self, halves: Sequence[Half], checkpoint: int, key: bytes | None, lock: threading.Lock
     ) -> None:
         """halves: those that may be asked here."""
-        self.sessions = Sessions(self, key)
+        self.sessions = Sessions(self, key, "tcp")
         self._halves = {half.number: half for half in halves}
         self._checkpoint = checkpoint
         self._lock = lock
@@ -74,8 +74,8 @@ class _Answers:
         return m.Welcome(
             schema=m.schema(),
             segment=self._checkpoint,
-            receive_max=RECEIVE_MAX,
-            send_max=SEND_MAX,
+            receive_max=self.sessions.most,
+            send_max=self.sessions.most,
             window=WINDOW,
             samples_max=CAPACITY,
             samples=0,
@@ -210,7 +210,7 @@ class AnsweringServer:
                 for answers in candidates:
                     if self._take(link, answers, chunk):
                         found = answers
-                spoilt = all(answers.sessions.bad for answers in candidates)
+                spoilt = all(a.sessions.bad or a.sessions.foreign for a in candidates)
                 if not found and (not chunk or spoilt or read > _GREETING_MAX):
                     self._say(f"{link.name}: it did not say hello under a key that is known here")
                     return

@@ -18,8 +18,7 @@ from splitee_host.link import Link
 from splitee_host.remote import Remote
 from splitee_host.window import MANNERS
 from splitee_host.wire import messages as m
-from splitee_host.wire.frame import coded_size
-from splitee_host.wire.seal import CRC_SIZE, TAG_SIZE
+from splitee_host.wire import stream
 
 PATIENCE = 10.0
 """Seconds without an answer after which a server is not there."""
@@ -109,17 +108,13 @@ class AskedServer(Remote):
 
 
 def sent_bytes(codec: Codec, classes: int, *, keyed: bool) -> int:
-    """What a client sends, frames included, for one sample that it asks the server about.
-
-    It is exact but for the byte in 254 that COBS takes where no zeros are: of a frame it counts
-    the most that there can be.
-    """
+    """What a client sends, frames included, for one sample that it asks the server about."""
     manner = MANNERS["tcp"]
     most = manner.piece - len(m.Write(0, 0, b"").pack())
     sizes = [min(most, codec.size - start) for start in range(0, codec.size, most)]
     bodies = [len(m.Write(0, 0, b"").pack()) + size for size in sizes]
     bodies += [len(m.Infer(1).pack()), len(m.Read(0, 0, 4 * classes).pack())]
-    return sum(coded_size(body, TAG_SIZE if keyed else CRC_SIZE) for body in bodies)
+    return sum(stream.size(body, keyed=keyed) for body in bodies)
 
 
 class Asker:

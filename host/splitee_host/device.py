@@ -27,8 +27,9 @@ from splitee.ops import Array
 from splitee.place import Build
 from splitee.steps import Variant
 from splitee_host.link import Link
-from splitee_host.remote import Remote
+from splitee_host.remote import Remote, joined
 from splitee_host.wire import messages as m
+from splitee_host.wire.frame import Bytes
 
 _ATTEMPT = 1.0  # seconds that a device gets to say hello again, however long it was silent
 _REOPEN = 0.2  # seconds between two tries to open a link again
@@ -263,9 +264,10 @@ class Device(Remote):
             region = m.Region.ACTIVATIONS
         # where a run of neighbours begins, and where the next sample is not chosen any more
         edges = np.flatnonzero(np.diff(chosen.numpy().astype(np.int8), prepend=0, append=0))
-        code = b"".join(
-            self.read(region, int(start) * size, int(stop - start) * size)
+        code = joined(
+            piece
             for start, stop in edges.reshape(-1, 2)
+            for piece in self.pieces(region, int(start) * size, int(stop - start) * size)
         )
         shape = (int(chosen.sum()), *self.graph.shapes[self.graph.cut])
         values = self._decoded(self._up, code) if code else np.zeros(0, np.float32)
@@ -276,7 +278,7 @@ class Device(Remote):
         values = self.floats(m.Region.LOGITS, count * self.graph.classes)
         return torch.from_numpy(values.reshape(count, self.graph.classes))
 
-    def _decoded(self, codec: Codec, code: bytes) -> Array:
+    def _decoded(self, codec: Codec, code: Bytes) -> Array:
         try:
             return codec.decode(code)
         except ValueError as error:
@@ -292,8 +294,9 @@ class Device(Remote):
         if gradient is not None:
             plain = self._down.kind == "float32"
             region = m.Region.GRADIENT if plain else m.Region.CODED_GRADIENT
-            values = gradient.cpu().numpy().reshape(len(gradient), -1)
-            self.write(region, self._down.encode(values))
+            values = np.ascontiguousarray(gradient.cpu().numpy(), "<f4").reshape(len(gradient), -1)
+            # as float32, its own memory is the code
+            self.write(region, values.data.cast("B") if plain else self._down.encode(values))
         self.request(m.Backward(), m.Done)
 
     def step(self) -> Stepped:

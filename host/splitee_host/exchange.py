@@ -20,8 +20,9 @@ from splitee.state import Traffic
 from splitee_host.link import Link
 from splitee_host.window import MANNERS, RoundTrip, Window
 from splitee_host.wire import messages as m
-from splitee_host.wire.frame import Frame, FrameReader, coded_size, encode
+from splitee_host.wire.frame import CAPACITY, Frame, coded_size
 from splitee_host.wire.seal import TAG_SIZE, Direction, Sealing, nearest, session_key
+from splitee_host.wire.stream import framing
 
 _HELLO_AGAIN = (0.2, 2.0)  # seconds until a hello is repeated: at first, and at most
 _SILENCE = 1.0  # seconds without an answer until the device is asked whether it was reset; doubles
@@ -88,7 +89,10 @@ class Exchange:
         self._window = Window(self._manner)
         self.room = 0  # bytes of further requests that the device keeps while it is busy with one
         self._trips: dict[int, RoundTrip] = {}  # by the code of the request
-        self._reader = FrameReader(sealing=self._sealing_of if self._key else None)
+        self._framing = framing(link.kind)
+        self._reader = self._framing.reader(
+            max(CAPACITY, 2 * self.piece), self._sealing_of if self._key else None
+        )
 
     @property
     def piece(self) -> int:
@@ -125,8 +129,7 @@ class Exchange:
 
     def _send_greeting(self) -> None:
         sealing = Sealing(self._key, Direction.TO_DEVICE, 0) if self._key else None
-        # the zero ends whatever stands in front of it on the line
-        self._write(b"\0" + encode(self._greeting, sealing))
+        self._write(self._framing.encode(self._greeting, sealing), again=True)
 
     def _is_welcome(self, frame: Frame) -> bool:
         greeted = (frame.session, frame.sequence) == (self._greeting.session, 0)
@@ -164,10 +167,16 @@ class Exchange:
         with self._named():
             return _Asked(self, requests).answers()
 
-    def _write(self, coded: bytes) -> None:
-        self.link.write(coded)
+    def _write(self, coded: list[bytes], *, again: bool) -> int:
+        """Sends a frame; its bytes. again: what stands in front of it may be cut short."""
+        first, *others = coded
+        parts = [b"".join((self._framing.mark, first)) if again else first, *others]
+        for part in parts:
+            self.link.write(part)
         self._sent += 1
-        self.traffic.down += len(coded)
+        size = sum(map(len, parts))
+        self.traffic.down += size
+        return size
 
     def _read(self, timeout: float) -> list[Frame]:
         """Good frames that have come; none when nothing did within timeout seconds."""
@@ -262,15 +271,15 @@ class _Asked:
         x = self._x
         while self._waiting:
             place = self._waiting[0]
-            body = self._requests[place].pack()
-            if not self._fits(len(body)):
+            body, tail = self._requests[place].parts()
+            if not self._fits(len(body) + len(tail)):
                 return
             self._waiting.popleft()
-            frame = Frame(self._code, x._session, x._sequence & 0xFFFF, body)
-            coded = encode(frame, self._sealing)
+            frame = Frame(self._code, x._session, x._sequence & 0xFFFF, body, tail)
+            coded = x._framing.encode(frame, self._sealing)
             before = self._sent.get(place)
-            x._write(coded if before is None else b"\0" + coded)
-            sent = _Sent(x._sent, x._sent, time.monotonic(), len(coded))
+            size = x._write(coded, again=before is not None)
+            sent = _Sent(x._sent, x._sent, time.monotonic(), size)
             if before is not None:
                 x.repeated += 1
                 sent.first, sent.times = before.first, before.times + 1

@@ -180,7 +180,7 @@ class Launcher:
                 'link out, or take board = "python"'
             )
         device = torch_device()
-        client = self._assembly.local(member, device)
+        client = self._assembly.here(member, device)
         return Launched(client, member, board.tier, device, "memory", 0)
 
     def _key_of(self, member: Member) -> bytes | None:

@@ -39,6 +39,7 @@ STALL = 10.0
 
 _CONNECT = 5.0  # seconds to wait for a TCP connection
 _READ_MAX = 1 << 16  # bytes taken at once; no datagram is larger
+_TCP_READ_MAX = 1 << 18  # of a stream of tensors: each read costs as much as copying these
 _SLICE = 0.05  # seconds after which a read that cannot be interrupted looks whether to go on
 _LEAVE = 2.0  # seconds that a child process has to end by itself
 
@@ -302,7 +303,7 @@ class TcpLink(_DescriptorLink):
         return cls(connection, name, kind)
 
     def _receive(self) -> bytes:
-        return self._connection.recv(_READ_MAX)
+        return self._connection.recv(_TCP_READ_MAX)
 
     def _send(self, data: memoryview) -> int:
         return self._connection.send(data)

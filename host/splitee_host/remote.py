@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from splitee.errors import DeviceRefused, Mismatch, SpliteeError
@@ -10,12 +10,18 @@ from splitee_host.errors import refusal
 from splitee_host.exchange import Exchange
 from splitee_host.link import Link
 from splitee_host.wire import messages as m
-from splitee_host.wire.frame import Frame, coded_body
+from splitee_host.wire.frame import Bytes, Frame, coded_body
 
 Answer = TypeVar("Answer", bound=m.Message)
 Piece = m.Read | m.Write
 
 _PIECE = 64  # bytes of body that are worth a frame, however little a device keeps
+
+
+def joined(pieces: Iterable[Bytes]) -> Bytes:
+    """Pieces as one; a single one is not copied."""
+    first, *others = [*pieces] or [b""]
+    return b"".join([first, *others]) if others else first
 
 
 class Remote:
@@ -135,6 +141,10 @@ class Remote:
 
     def read(self, region: m.Region, offset: int, length: int) -> bytes:
         """length bytes of a region, in one transfer."""
+        return b"".join(self.pieces(region, offset, length))
+
+    def pieces(self, region: m.Region, offset: int, length: int) -> list[Bytes]:
+        """The same as it comes, one piece behind the other."""
         most = self._send_max - len(m.Content(0, b"").pack())
         if region == m.Region.CODED_ACTIVATIONS:  # made in the memory that a request comes to
             most = min(most, self._receive_max)
@@ -150,13 +160,14 @@ class Remote:
                     f"{self._what} sent {len(content):,} bytes of {region.name}, not "
                     f"{piece.length:,}: {self._program} is not ours"
                 )
-        return b"".join(contents)
+        return contents
 
-    def write(self, region: m.Region, content: bytes, offset: int = 0) -> None:
+    def write(self, region: m.Region, content: Bytes, offset: int = 0) -> None:
         """Replaces bytes of a region from offset on, in one transfer."""
         most = self._receive_max - len(m.Write(region, 0, b"").pack())
+        view = memoryview(content)
         pieces: list[Piece] = [
-            m.Write(region, offset + start, content[start : start + most])
+            m.Write(region, offset + start, view[start : start + most])
             for start in range(0, len(content), most)
         ]
         self._transfer(pieces, m.Written)

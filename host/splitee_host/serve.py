@@ -19,16 +19,16 @@ from splitee.place import Build
 from splitee.state import Place, Settings
 from splitee_host.learner import Learner
 from splitee_host.link import Link
-from splitee_host.session import RECEIVE_MAX, SEND_MAX, WINDOW, Refusal, Sessions
+from splitee_host.session import WINDOW, Refusal, Sessions
 from splitee_host.wire import messages as m
-from splitee_host.wire.frame import Frame
+from splitee_host.wire.frame import Bytes, Frame
 
 _KINDS: dict[int, Kind] = {m.Codec[k.replace("-", "_").upper()]: k for k in KINDS}
 
 
 def serve(link: Link, learner: Learner, build: Build, key: bytes | None = None) -> None:
     """Answers requests until the host closes the link. key: 32 bytes that the host has, too."""
-    server = _Server(learner, build, key)
+    server = _Server(learner, build, key, link.kind)
     try:
         while True:
             for answer in server.sessions.receive(link.read(3600.0)):
@@ -40,7 +40,8 @@ def serve(link: Link, learner: Learner, build: Build, key: bytes | None = None) 
 class _Server:
     """The state machine of device.c: idle, or after a forward or a backward."""
 
-    def __init__(self, learner: Learner, build: Build, key: bytes | None) -> None:
+    def __init__(self, learner: Learner, build: Build, key: bytes | None, kind: str) -> None:
+        """kind: of the link."""
         self._learner = learner
         self._learner.discard()  # what an earlier host has left
         self._build = build
@@ -54,7 +55,7 @@ class _Server:
         self._select(len(build.stages), upto=True)
         self._phase = 0  # 0 idle, 1 after Forward, 2 after Backward
         self._count = 0  # samples of the part that is held
-        self.sessions = Sessions(self, key)
+        self.sessions = Sessions(self, key, kind)
         self._compute_seconds = 0.0
 
     def act(self, frame: Frame) -> m.Message:
@@ -112,8 +113,8 @@ class _Server:
         return m.Welcome(
             schema=m.schema(),
             segment=self._build.checksum,
-            receive_max=RECEIVE_MAX,
-            send_max=SEND_MAX,
+            receive_max=self.sessions.most,
+            send_max=self.sessions.most,
             window=WINDOW,
             samples_max=self._build.samples_max,
             samples=place.samples,
@@ -229,7 +230,7 @@ class _Server:
         """What the host wrote for the first count samples."""
         codec, size = self._down, self._down.size
         if codec.kind == "float32":
-            return codec.decode(bytes(self._gradient[: count * size]))
+            return codec.decode(memoryview(self._gradient)[: count * size])
         samples = [bytes(self._coded_gradient[i * size : (i + 1) * size]) for i in range(count)]
         values = []
         for i, sample in enumerate(samples):
@@ -264,17 +265,17 @@ class _Server:
         self._written.clear()
         self._floats.clear()
 
-    def _region(self, region: int) -> bytearray:
-        """The bytes of a region."""
+    def _region(self, region: int) -> bytearray | memoryview:
+        """The memory of a region."""
         if region in (m.Region.WEIGHTS, m.Region.MOMENTUM, m.Region.GRADIENTS):
             if region not in self._floats:
                 self._floats[region] = self._read_floats(region)
             return self._floats[region]
         if region == m.Region.CODED_ACTIVATIONS:
             if self._coded is None:
-                values = np.frombuffer(bytes(self._activations), "<f4")
+                values = np.frombuffer(self._activations, "<f4")
                 self._coded = self._up.encode(values.reshape(-1, self._up.elements))
-            return bytearray(self._coded)
+            return memoryview(self._coded)
         found = (
             {
                 m.Region.SHARD: self._shard,
@@ -304,13 +305,13 @@ class _Server:
             return bytearray(4 * graph.parameter_size)
         return bytearray(graph.flatten_parameters(momentum).tobytes())
 
-    def _read(self, region: int, offset: int, length: int) -> bytes:
-        if length > SEND_MAX - 4:
-            raise Refusal(m.Error.OUT_OF_RANGE, SEND_MAX - 4)
+    def _read(self, region: int, offset: int, length: int) -> memoryview:
+        if length > self.sessions.most - 4:
+            raise Refusal(m.Error.OUT_OF_RANGE, self.sessions.most - 4)
         content = self._region(region)
-        return bytes(content[_within(content, offset, length)])
+        return memoryview(content)[_within(content, offset, length)]
 
-    def _write(self, region: int, offset: int, content: bytes) -> None:
+    def _write(self, region: int, offset: int, content: Bytes) -> None:
         buffer = self._region(region)
         place = _within(buffer, offset, len(content))
         read_only = {
@@ -337,11 +338,10 @@ class _Server:
 
 
 def _put(buffer: bytearray, tensor: Array) -> None:
-    values = tensor.astype("<f4").tobytes()
-    buffer[: len(values)] = values
+    np.frombuffer(buffer, "<f4")[: tensor.size] = tensor.reshape(-1)
 
 
-def _within(buffer: bytearray, offset: int, length: int) -> slice:
+def _within(buffer: bytearray | memoryview, offset: int, length: int) -> slice:
     if offset + length > len(buffer):
         raise Refusal(m.Error.OUT_OF_RANGE, len(buffer))
     return slice(offset, offset + length)

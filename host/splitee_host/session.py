@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from splitee_host.window import MANNERS
 from splitee_host.wire import messages as m
-from splitee_host.wire.frame import Frame, FrameReader, encode
-from splitee_host.wire.seal import Direction, Sealing, nearest, session_key
+from splitee_host.wire.frame import Frame
+from splitee_host.wire.seal import TAG_SIZE, Direction, Sealing, nearest, session_key
+from splitee_host.wire.stream import framing
 
-RECEIVE_MAX = SEND_MAX = 1 << 16  # largest body of a frame, bytes
-WINDOW = 1 << 20  # bytes of requests that wait in the system while it is busy
+WINDOW = 1 << 23  # bytes of requests that wait in the system, or in the host's, while it is busy
 
+_HELLO = len(m.Hello(0, 0).pack())
 _MOVES = {message.CODE for message in m.MOVES}
 
 
@@ -54,14 +56,16 @@ class _Session:
 class Sessions:
     """One end of a link that is asked; ``receive`` takes what has come."""
 
-    def __init__(self, answerer: Answerer, key: bytes | None) -> None:
-        """key: 32 bytes that who asks has, too; None: CRCs are enough."""
+    def __init__(self, answerer: Answerer, key: bytes | None, kind: str) -> None:
+        """key: 32 bytes that who asks has, too; None: there is none. kind: of the link."""
+        self.most = max(1 << 16, MANNERS[kind].piece)  # largest body of a frame, bytes
         self.frames = 0  # good ones
         self.foreign = 0  # of another session, or not in turn
         self.repeated = 0  # requests that came again, pieces of transfers not counted
         self._answerer = answerer
         self._key = key
-        self._reader = FrameReader(RECEIVE_MAX + 64, self._sealing_of if key else None)
+        self._framing = framing(kind)
+        self._reader = self._framing.reader(self.most + 64, self._sealing_of if key else None)
         self._active, self._greeted = _Session(), _Session()
         self._nonce: int | None = None  # None: it made a session, the next hello draws another
         self._acted = False  # whether the last number was acted on, and the answer is the one to it
@@ -99,7 +103,9 @@ class Sessions:
             if self._key:
                 sealing = Sealing(session.key, Direction.TO_HOST, session.sequence >> 16)
             sequence = session.sequence & 0xFFFF
-            yield encode(Frame(answer.CODE, session.number, sequence, answer.pack()), sealing)
+            yield from self._framing.encode(
+                Frame(answer.CODE, session.number, sequence, *answer.parts()), sealing
+            )
 
     def _take(self, frame: Frame) -> m.Message | None:
         """The answer to a frame; None to one that is of no session, or not in turn."""
@@ -108,7 +114,9 @@ class Sessions:
         ahead = (sequence - session.sequence) & 0xFFFFFFFF
         opens = session is self._greeted
         if frame.code == m.Hello.CODE:
-            ours = frame.session != 0 and frame.sequence == 0
+            # on a stream, what tells that a key was meant is the tag behind it
+            tagged = self._key is None and len(frame.body) == _HELLO + TAG_SIZE
+            ours = frame.session != 0 and frame.sequence == 0 and not tagged
         else:
             ours = frame.session == session.number != 0 and sequence != 0
             ours = ours and (sequence == 1 if opens else ahead in (0, 1))

@@ -44,14 +44,14 @@ class Manner:
     shortest: float  # seconds before which no answer is overdue
 
 
-_STREAM = Manner(frames=4, frames_max=4, overtaken=1, piece=1 << 16, shortest=0.2)
 MANNERS = {
     # A line spoils what it likes, but never changes the order; short frames lose little at once.
     "serial": Manner(frames=4, frames_max=4, overtaken=1, piece=1444, shortest=0.05),
     # A network loses what comes too fast, and now and then lets one datagram pass another.
     "udp": Manner(frames=4, frames_max=64, overtaken=3, piece=1444, shortest=0.02),
-    "tcp": _STREAM,
-    "memory": _STREAM,
+    # A whole tensor in a piece: each costs a round trip through two Pythons.
+    "tcp": Manner(frames=4, frames_max=4, overtaken=1, piece=1 << 22, shortest=0.2),
+    "memory": Manner(frames=4, frames_max=4, overtaken=1, piece=1 << 16, shortest=0.2),
 }
 """By the kind of a link."""
 

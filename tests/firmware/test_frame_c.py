@@ -217,7 +217,7 @@ def test_the_header_agrees_with_the_published_bytes_on_codes_sizes_and_tails(
     lines = ['#include "protocol/messages.h"', "#include <assert.h>"]
     for case in wire.MESSAGES:
         name = f"MESSAGE_{case['message'].upper()}"
-        tail = [f.name for f in fields(MESSAGES[case["code"]]) if f.type == "bytes"]  # type: ignore[arg-type]
+        tail = [f.name for f in fields(MESSAGES[case["code"]]) if f.type == "Bytes"]  # type: ignore[arg-type]
         size = len(unhex(case["body"])) - sum(len(unhex(case["fields"][field])) for field in tail)
         lines += [
             f"static_assert({name} == {case['code']}, {json.dumps(name)});",

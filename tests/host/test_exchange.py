@@ -87,7 +87,7 @@ class Here:
 
     def reset(self) -> None:
         """The device restarts: it knows of no session, and of no samples."""
-        self.server = _Server(TorchLearner(self._client), CASE.build, self._key)
+        self.server = _Server(TorchLearner(self._client), CASE.build, self._key, self.kind)
 
     def write(self, data: bytes) -> None:
         self.requests.append(data)

@@ -33,7 +33,7 @@ from splitee_host.launch import Launcher, build_firmware
 from splitee_host.link import Link, ProcessLink, memory_pair
 from splitee_host.relay import Faults, Line, Relay
 from splitee_host.wire import messages as m
-from splitee_host.wire.frame import Frame, FrameReader, encode
+from splitee_host.wire.frame import Bytes, Frame, FrameReader, encode
 from step_harness import SETTINGS, Case, case, case_on
 
 BOTH = replace(SETTINGS, exit_weight=0.5, server_weight=0.5)
@@ -110,7 +110,7 @@ def test_what_crosses_a_bad_line_is_seen_to_differ_without_checks(folder: Path) 
     def gullible(reader: FrameReader) -> Frame | None:
         frame = good(reader)
         if frame is not None and frame.code == m.Content.CODE and len(frame.body) > 40:
-            return replace(frame, body=frame.body[:-1] + bytes([frame.body[-1] ^ 1]))
+            return replace(frame, body=bytes(frame.body[:-1]) + bytes([frame.body[-1] ^ 1]))
         return frame
 
     with (
@@ -231,7 +231,7 @@ class Rogue:
 
 
 def instead(code: int, body: Callable[[bytes], bytes]) -> Callable[[Frame], Frame]:
-    return lambda f: replace(f, body=body(f.body)) if f.code == code else f
+    return lambda f: replace(f, body=body(bytes(f.body))) if f.code == code else f
 
 
 FORBIDDEN: dict[str, tuple[Callable[[Frame], Frame], str]] = {
@@ -290,6 +290,7 @@ def test_a_length_of_four_gigabytes_takes_no_memory_and_is_counted() -> None:
         with pytest.raises(Timeout):
             device.hello()
     assert device.exchange.bad == 1
+    assert isinstance(device.exchange._reader, FrameReader)
     assert len(device.exchange._reader._coded) <= (1 << 20) + (1 << 13)
 
 
@@ -470,13 +471,14 @@ def test_a_client_that_sends_no_numbers_never_reaches_the_weights_of_the_server(
         device = launched[0].client
         server = strategy.server("board")
         before = {k: v.clone() for k, v in server.tensors().items()}
-        read = device.read
+        pieces = device.pieces
 
-        def poisoned(region: m.Region, offset: int, length: int) -> bytes:
-            data: bytes = read(region, offset, length)
-            return np.full(length // 4, np.nan, "<f4").tobytes() if "ACT" in region.name else data
+        def poisoned(region: m.Region, offset: int, length: int) -> list[Bytes]:
+            data: list[Bytes] = pieces(region, offset, length)
+            spoilt = np.full(length // 4, np.nan, "<f4").tobytes()
+            return [spoilt] if "ACT" in region.name else data
 
-        device.read = poisoned
+        device.pieces = poisoned
         with pytest.raises(SpliteeError, match=r'client "board".*not finite in round 1'):
             run(strategy, 1, lambda _: None)
         assert all(torch.equal(v, server.tensors()[k]) for k, v in before.items())

@@ -36,7 +36,8 @@ from splitee_host.answering import CAPACITY, AnsweringServer, Half, _Answers
 from splitee_host.asking import AskedServer, Asker, sent_bytes
 from splitee_host.link import open_link, serve_tcp
 from splitee_host.wire import messages as m
-from splitee_host.wire.frame import Frame, coded_size
+from splitee_host.wire import stream
+from splitee_host.wire.frame import Frame
 
 # The servers' weights are not averaged, so that each client has to be completed by its own. In
 # another order than that of their names, by which the wire counts them.
@@ -180,11 +181,10 @@ def test_bytes_are_those_that_eval_counts(server: str) -> None:
     (mine,) = [row for row in rows if row["client"] == "narrow"]
     counted = mine["sweep"][0]["bytes_sent"]
     opening = sum(
-        coded_size(len(message.pack()), 4)
+        stream.size(len(message.pack()), keyed=False)
         for message in (m.Hello(0, 0), m.Select(0, 0), m.Coding(0, 0, 0))
     )
-    frames = 3
-    assert counted - frames <= (found["bytes_sent"] - opening) / 20 <= counted + 0.1
+    assert found["bytes_sent"] - opening == 20 * counted
 
 
 def test_without_a_server_the_exit_answers_and_says_where_it_is_unsure(place: Path) -> None:
@@ -532,12 +532,12 @@ def test_a_client_that_no_number_reaches_is_refused() -> None:
 
 
 def test_a_sample_s_bytes_are_those_of_its_frames() -> None:
-    # float32: 100 + 5 of Write, Infer 2, Read 9; 5 of header, 4 of CRC or 16 of tag, 2 of COBS
+    # float32: 100 + 5 of Write, Infer 2, Read 9; 4 of length and 5 of header, with a key 16 of tag
     sizes = [100 + 5, 2, 9]
-    assert sent_bytes(Codec("float32", 25), 10, keyed=False) == sum(s + 11 for s in sizes)
-    assert sent_bytes(Codec("float32", 25), 10, keyed=True) == sum(s + 23 for s in sizes)
-    two = Codec("float32", 20_000)  # more than a frame
-    assert sent_bytes(two, 10, keyed=False) > 80_000 + 2 * 5
+    assert sent_bytes(Codec("float32", 25), 10, keyed=False) == sum(s + 9 for s in sizes)
+    assert sent_bytes(Codec("float32", 25), 10, keyed=True) == sum(s + 25 for s in sizes)
+    two = Codec("float32", 1_500_000)  # more than a frame
+    assert sent_bytes(two, 10, keyed=False) == 6_000_000 + 2 * (5 + 9) + (2 + 9) + (9 + 9)
 
 
 # ---- temperatures ----

@@ -187,5 +187,5 @@ def test_the_header_declares_every_message_with_its_fixed_fields() -> None:
         name = message.__name__
         assert f"#define MESSAGE_{name.upper()} 0x{message.CODE:02X}u\n" in text
         function = "unpack" if message in REQUESTS else "pack"
-        fixed = [f.name for f in fields(message) if f.type != "bytes"]  # type: ignore[arg-type]
+        fixed = [f.name for f in fields(message) if f.type != "Bytes"]  # type: ignore[arg-type]
         assert (f" message_{name.lower()}_{function}(" in text) == bool(fixed)

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from splitee import assemble
 from splitee.assemble import Assembly, Board
-from splitee.client import Place
+from splitee.client import LocalClient, Place
 from splitee.errors import CutError, FitError, FleetError
 from splitee.fleet import parse
 from splitee.norms import frozen_norms
+from splitee.ops import Array
+from splitee.parked import ParkedClient
 from splitee.place import Room, effects, kib
 from splitee.steps import Levers
 from splitee.strategies import Averaging, Sequential
@@ -464,3 +467,59 @@ def test_images_that_are_held_out_are_nobody_s(samples: int | None) -> None:
 def test_more_than_there_are_cannot_be_held_out() -> None:
     with pytest.raises(FleetError, match="held_out = 2,000: there are 1,437 training images"):
         assembly("a:torch", "[data]\nheld_out = 2000")
+
+
+MANY = """
+name = "many"
+aggregate = "all"
+exits = "upto"
+participation = 0.3
+[data]
+samples = 100
+[model]
+width = 4
+[[client]]
+name = "one"
+cut = "layer2"
+[[client]]
+name = "many"
+count = 19
+cut = "layer1"
+"""
+
+
+@pytest.mark.parametrize("kind", ["averaging", "sequential"])
+def test_many_clients_alike_are_parked_and_learn_the_same(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outcome() -> tuple[list[type], dict[str, Array]]:
+        many = Assembly(parse(f'strategy = "{kind}"\n{MANY}'), lambda _: Board(False, None))
+        clients = [many.here(member) for member in many.members]
+        strategy = many.strategy(clients)
+        for client, member in zip(clients, many.members, strict=True):
+            client.start(member.state, member.images)
+        states = last_states(list(fit(strategy, 3)))
+        return [type(c) for c in clients], everything(strategy, states)
+
+    kinds, found = outcome()
+    assert kinds == [LocalClient, *[ParkedClient] * 19]
+    monkeypatch.setattr(assemble, "PARKED_FROM", 100)
+    kinds, expected = outcome()
+    assert set(kinds) == {LocalClient}
+    assert unequal(found, expected) == []
+
+
+def test_clients_alike_share_what_they_begin_with_but_for_their_images_and_order() -> None:
+    many = Assembly(parse(MANY), lambda _: Board(False, None))
+    first, second = many.members[1:3]
+    assert first.segment is second.segment
+    assert first.state.weights is second.state.weights
+    assert first.seed != second.seed
+    assert not np.array_equal(first.images.x, second.images.x)
+    assert second.state.place == Place(len(second.images), second.seed)
+
+
+def test_many_clients_whose_cut_may_move_stay_live() -> None:
+    text = MANY.replace('cut = "layer1"', 'cut = "auto"')
+    many = Assembly(parse(text), lambda _: Board(False, None))
+    assert isinstance(many.here(many.members[1]), LocalClient)

@@ -150,3 +150,11 @@ def test_a_name_and_a_client_are_enough() -> None:
 
 def test_the_demo_can_be_read() -> None:
     assert [c.cut for c in read(DEMO).client] == ["stem", "layer1", "layer2", "layer3"]
+
+
+def test_a_table_stands_for_as_many_clients_as_it_counts() -> None:
+    tables = '[[client]]\nname = "a"\n[[client]]\nname = "b"\ncount = 10\nshare = 2\n'
+    fleet = parse(f'name = "x"\n{tables}[[client]]\nname = "c"\n')
+    assert [c.name for c in fleet.client] == ["a", *(f"b-{i:02}" for i in range(1, 11)), "c"]
+    assert [c.share for c in fleet.client] == [1.0, *[2.0] * 10, 1.0]
+    assert {c.count for c in fleet.client} == {1}

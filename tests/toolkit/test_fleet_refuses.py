@@ -21,7 +21,7 @@ KEYS = {
     ),
     "optimizer": "kind, learning_rate, server_rate, warmup, server_warmup, schedule, step_every, "
     "step_factor, momentum, beta1, beta2, eps, weight_decay, clip",
-    "client": "name, board, link, cut, deepest, capacity, relu_bits, float16, recompute, "
+    "client": "name, count, board, link, cut, deepest, capacity, relu_bits, float16, recompute, "
     "fused_update, local_only, share, gradient, exit_weight, optimizer, learning_rate, bottleneck, "
     "bottleneck_stride, send, codec, gradient_codec, top_k",
 }
@@ -56,6 +56,10 @@ BAD = {
     "unknown-in-client": (
         f'name = "x"\n{CLIENT}[[client]]\nname = "two"\nport = "/dev/tty"\n',
         [f"6: client[1].port: there is no such key; there are {KEYS['client']}"],
+    ),
+    "count-behind-a-link": (
+        f'name = "x"\n{CLIENT}link = "udp://there:1"\ncount = 2\n',
+        ["5: client[0].count: a link leads to one client: leave one of them out"],
     ),
     "top-level-key-too-late": (
         f'name = "x"\n[model]\nrounds = 3\n{CLIENT}',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -22,11 +23,13 @@ from splitee.fleet import ClientTable, DataTable, Fleet
 from splitee.graph import Graph
 from splitee.model import Cut, Network, Segment, Tail
 from splitee.norms import freeze
+from splitee.parked import ParkedClient, ParkedServer, Pool
 from splitee.place import Build, Room, deepest_that_fits
 from splitee.server import Server
 from splitee.steps import Levers
 from splitee.strategies import Strategy
 
+PARKED_FROM = 16  # clients in this process that are alike, from which on they are parked
 FIRMWARE_CAPACITY = 8  # samples that firmware holds at once, where the fleet file does not say
 
 
@@ -68,6 +71,13 @@ class Member:
         weights = {n: t.detach().cpu().numpy().copy() for n, t in tensors.items()}
         return State(weights, {}, Place(len(self.images), self.seed))
 
+    def another(self, table: ClientTable, images: Images, seed: int) -> Member:
+        """A client of the same kind: it shares what was made for this one, weights included."""
+        member = replace(self, table=table, images=images, seed=seed)
+        state = replace(self.state, place=Place(len(images), seed))
+        vars(member).update(graph=self.graph, state=state)  # not to be made again
+        return member
+
 
 @dataclass(frozen=True)
 class _OwnLayers:
@@ -101,6 +111,10 @@ class Assembly:
         shares = {c.name: c.share for c in fleet.client}
         places = partition.places(self.dataset, fleet.data, shares, fleet.seed)
         self._shards = {name: self.dataset.train[held] for name, held in places.items()}
+
+        self._made: dict[str, Member] = {}  # the first of each kind
+        self._pools: dict[str, tuple[Pool[LocalClient], Pool[Server]]] = {}
+        self._counts = Counter(self._kind(c) for c in fleet.client)
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
@@ -269,6 +283,18 @@ class Assembly:
         than its board; the message names the cut that fits.
         """
         (table,) = (c for c in self.fleet.client if c.name == name)
+        kind = self._kind(table)
+        if kind not in self._made or table.bottleneck is not None:  # of which each has its own
+            self._made[kind] = self._member(table)
+        return self._made[kind].another(table, self._shards[name], self._seed(name))
+
+    def _kind(self, table: ClientTable) -> str:
+        """The same for clients that differ in nothing but their names and images."""
+        said = table.model_dump_json(exclude={"name", "share"})
+        return f"{len(self._shards[table.name])} {said}"
+
+    def _member(self, table: ClientTable) -> Member:
+        name = table.name
         self._check_optimizer(table)
         self._check_sending(table)
         cut, deepest = self.choose(table)
@@ -384,6 +410,18 @@ class Assembly:
         client.move(member.cut.name, upto=member.upto)
         return client
 
+    def here(self, member: Member, device: str = "cpu") -> LocalClient | ParkedClient:
+        """That client, or where there are many alike one that is live only while it trains."""
+        table = member.table
+        alike = self._counts[self._kind(table)]
+        if alike < PARKED_FROM or "auto" in (table.cut, table.deepest):  # these may move
+            return self.local(member, device)
+        pools = self._pools.get(self._kind(table))
+        if pools is None:
+            pools = Pool(self.local(member, device)), Pool(self.replica(member, device))
+            self._pools[self._kind(table)] = pools
+        return ParkedClient(member.name, pools[0])
+
     def strategy(
         self,
         clients: Sequence[Client],
@@ -405,11 +443,20 @@ class Assembly:
             servers = dict.fromkeys((c.name for c in clients), server)
         else:
             members = {m.name: m for m in self.members}
-            servers = {
-                c.name: self._server([members[c.name]], device, f'the server of client "{c.name}"')
-                for c in clients
-            }
+            servers = {c.name: self.completing(c, members[c.name], device) for c in clients}
         return kind(clients, servers, fleet.rules, states=states)
+
+    def completing(self, client: Client, member: Member, device: str) -> Server:
+        """The server network of one client, live as long as that is."""
+        if not isinstance(client, ParkedClient):
+            return self.replica(member, device)
+        _, pool = self._pools[self._kind(member.table)]
+        rate = self.fleet.server_settings.learning_rate
+        return ParkedServer(f'the server of client "{member.name}"', pool, rate)
+
+    def replica(self, member: Member, device: str = "cpu") -> Server:
+        """The server network of one client alone."""
+        return self._server([member], device, f'the server of client "{member.name}"')
 
     def _server(self, members: Sequence[Member], device: str, name: str) -> Server:
         model: nn.Module = copy.deepcopy(self._model)

@@ -7,23 +7,40 @@ without it, and in each later one that it is drawn for it is tried again.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor
 
-from splitee.client import Client, State
+from splitee.client import Client, LocalClient, State
 from splitee.errors import DeviceRefused, Late, LinkError, Mismatch, NotFinite
+from splitee.parked import ParkedClient
 from splitee.rules import Rules
 from splitee.server import Server
 from splitee.train import ClientBack, ClientDone, ClientLost, Event, batches, train_pass
 
 REPLAYS = 3  # of one pass: a device that resets in each of them must not keep the others waiting
 ATTEMPT = 1.0  # seconds that a client that is away gets to answer, again and again
+
+
+def threads() -> int:
+    """How many clients this process trains at the same time itself.
+
+    OMP_NUM_THREADS, which torchrun sets to 1 in each of its processes; without it, one for each
+    core. More would only stand in each other's way.
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdecimal() and int(said) > 0:
+        return int(said)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Attendance:
@@ -43,6 +60,7 @@ class Attendance:
         self._outdated: set[str] = set()  # are there, but do not have the weights of their state
         self._servers = servers
         self._rules = rules
+        self._computing = threading.BoundedSemaphore(threads())
 
     @property
     def there(self) -> list[Client]:
@@ -145,7 +163,8 @@ class Attendance:
                     client.set_rate(rules.rate(number, name))
                     server.set_rate(rules.rate(number, None))
                 sizes = batches(self.states[name].place, rules.batch, rules.local_steps)
-                done = train_pass(client, server, number, sizes, emit)
+                with self._turn(client), server.awake():
+                    done = train_pass(client, server, number, sizes, emit)
             except NotFinite as error:
                 server.discard()
                 raise error.in_round(number) from error
@@ -163,6 +182,15 @@ class Attendance:
                 up, down = client.traffic.up - before.up, client.traffic.down - before.down
                 return replace(done, bytes_up=up, bytes_down=down)
         raise AssertionError("unreachable")
+
+    @contextmanager
+    def _turn(self, client: Client) -> Iterator[None]:
+        """Held by a client that computes here; others have processors of their own."""
+        if not isinstance(client, LocalClient | ParkedClient):
+            yield
+            return
+        with self._computing, client.awake():
+            yield
 
     def _rejoin(self, client: Client, error: LinkError) -> str | None:
         """Waits for a client that was lost by that error; says why it is, when it stays lost."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -178,17 +179,15 @@ class LocalClient:
         self.capacity = capacity
         self.traffic = Traffic()
         self.deadline: float | None = None
-        self.segment = segment.to(device).train()  # up to the cut
         self.device = device
-        self._whole = self.segment
-        parameters = [t for t in segment.tensors().values() if isinstance(t, nn.Parameter)]
-        self._optimizer = optimizer.make(parameters, settings)
+        self._whole = segment.to(device).train()
+        self._use(self._whole)
+        self._optimizer = optimizer.make(_parameters_of(segment).values(), settings)
         self._settings = settings
         self._scale = torch.tensor(scale, device=device)[:, None, None]
         self._shift = torch.tensor(shift, device=device)[:, None, None]
         self._shard = Shard()
         self._pass: _Pass | None = None
-        self._kept = step.Kept()
         self._loss = 0.0
         self._correct = 0
 
@@ -215,6 +214,10 @@ class LocalClient:
         """Learns at this rate from the next step on."""
         self.settings = replace(self.settings, learning_rate=rate)
 
+    def awake(self) -> AbstractContextManager[LocalClient]:
+        """Held during a pass: it always is."""
+        return nullcontext(self)
+
     def start(self, state: State, images: Images) -> None:
         """Takes over shard and state."""
         self._shard.images = images
@@ -228,14 +231,21 @@ class LocalClient:
         """Ends at another cut; see ``Client.move``."""
         held = [self._pass, *(p.grad for p in self._parameters(every=True).values())]
         assert all(h is None for h in held), "a cut moves between batches"
-        self.segment = self._whole.at(cut, upto=upto)
+        self._use(self._whole.at(cut, upto=upto))
         self.cut = cut
+
+    def _use(self, segment: Segment) -> None:
+        """Runs that part of the whole; what a step needs of it is looked up once."""
+        self.segment = segment  # up to the cut
+        self._learning = _parameters_of(segment)
+        self._frozen = frozen_norms(segment)
+        self._kept = step.Kept(segment)
 
     def _tensors(self, *, every: bool) -> dict[str, Tensor]:
         return (self._whole if every else self.segment).tensors()
 
     def _parameters(self, *, every: bool) -> dict[str, nn.Parameter]:
-        return {n: t for n, t in self._tensors(every=every).items() if isinstance(t, nn.Parameter)}
+        return _parameters_of(self._whole) if every else self._learning
 
     def load_state(self, state: State) -> None:
         """Replaces weights, momentum and place; at the first step no layer has momentum."""
@@ -251,7 +261,7 @@ class LocalClient:
         """Forgets a batch that was not finished."""
         self._optimizer.zero_grad()
         self._kept.restore()
-        for norm in frozen_norms(self.segment):
+        for norm in self._frozen:
             norm.forget()
         self._pass = None
         self._loss, self._correct = 0.0, 0
@@ -294,7 +304,7 @@ class LocalClient:
         start = replace(self.place, position=self.place.position - len(part))
         images = augmented(part.x, self.augment, start)
         labels = torch.as_tensor(part.y, device=self.device).long()
-        self._kept.keep(self.segment)
+        self._kept.keep()
         points = self.segment.trunk(self._input(images))
         exit_weight = self.settings.exit_weight
         logits = [
@@ -342,7 +352,7 @@ class LocalClient:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._kept.forget()
-        for norm in frozen_norms(self.segment):
+        for norm in self._frozen:
             norm.follow()
         self.place = replace(self.place, steps=self.place.steps + 1)
         result = Stepped(self._loss, self._correct)
@@ -367,6 +377,10 @@ class LocalClient:
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+def _parameters_of(segment: Segment) -> dict[str, nn.Parameter]:
+    return {n: t for n, t in segment.tensors().items() if isinstance(t, nn.Parameter)}
 
 
 def spread(gradient: Tensor | None, sent: Tensor, shape: Iterable[int]) -> Tensor:

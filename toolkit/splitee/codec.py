@@ -110,8 +110,8 @@ class Codec:
             code[:, 4:] = _numbers(x, inverse, form).view(np.uint8)
         return code.tobytes()
 
-    def decode(self, code: bytes) -> Array:
-        """The values, (samples, elements), of a code.
+    def decode(self, code: bytes | bytearray | memoryview) -> Array:
+        """The values, (samples, elements), of a code; float32's are in its memory if they may be.
 
         Raises ValueError for a length that is not one of whole samples, and for indices that do
         not rise or are too large.
@@ -120,7 +120,7 @@ class Codec:
             raise ValueError(f"{len(code)} bytes are not samples of {self.size} bytes")
         rows = np.frombuffer(code, np.uint8).reshape(-1, self.size)
         if self.kind == "float32":
-            return rows.view("<f4").astype(np.float32)
+            return np.require(rows.view("<f4"), np.float32, "W")
         scale, coded = np.ascontiguousarray(rows[:, :4]).view("<f4"), rows[:, 4:]
         coded = np.ascontiguousarray(coded)
         match self.kind:

@@ -14,6 +14,7 @@ SpliteeError
 ├── NotFinite           a gradient or a loss is infinite or no number: the step was not taken
 ├── StrategyError       a strategy of a user's own cannot be used
 ├── TooFewClients       fewer clients than min_clients completed a round
+├── RankLost            another process of a training over several is gone
 └── LinkError           a device cannot be reached
     ├── Timeout         no answer in time
     ├── Late            its pass of the round was not over at the deadline
@@ -116,6 +117,10 @@ class TooFewClients(SpliteeError):
             f"round {round}: fewer clients completed it than it takes (min_clients = {needed}), "
             f"twice: {'; '.join([*away.values(), cure])}"
         )
+
+
+class RankLost(SpliteeError):
+    """Another process of a training over several is gone."""
 
 
 class LinkError(SpliteeError):

@@ -123,6 +123,9 @@ class ClientTable(_Table):
     """One client."""
 
     name: Name
+    # so many clients like this one, called name-1, name-2 and so on, each with that share; where
+    # they are many and in this process, they are simulated: live only while they train
+    count: Annotated[int, Field(ge=1, le=100_000)] = 1
     board: str = "torch"  # a name that `splitee boards` lists
     link: str | None = None  # None: the board's own; or an address of a device that runs already
     cut: str | int = "auto"  # module path, number, or auto: the deepest that fits
@@ -153,6 +156,14 @@ class ClientTable(_Table):
     codec: Kind = "float32"
     gradient_codec: Kind = "float32"
     top_k: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of the elements that top-k keeps
+
+    def each(self) -> list[ClientTable]:
+        """A table for each of the clients that this one stands for."""
+        if self.count == 1:
+            return [self]
+        digits = len(str(self.count))  # so that names sort as numbers do
+        names = (f"{self.name}-{i:0{digits}}" for i in range(1, self.count + 1))
+        return [self.model_copy(update={"name": name, "count": 1}) for name in names]
 
     @property
     def coding(self) -> Coding:
@@ -203,6 +214,17 @@ class Fleet(_Table):
     data: DataTable = DataTable()
     optimizer: OptimizerTable = OptimizerTable()
     client: Annotated[list[ClientTable], Field(min_length=1)]
+
+    @field_validator("client")
+    @classmethod
+    def _each_counts(cls, tables: list[ClientTable]) -> list[ClientTable]:
+        """A table for each client."""
+        for i, table in enumerate(tables):
+            if table.count > 1 and table.link is not None:
+                raise _fault(
+                    "a link leads to one client: leave one of them out", "client", i, "count"
+                )
+        return [one for table in tables for one in table.each()]
 
     @model_validator(mode="after")
     def _names_differ(self) -> Fleet:

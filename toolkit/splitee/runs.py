@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -29,8 +29,6 @@ from splitee.state import Place, State
 
 if TYPE_CHECKING:  # who watches a run needs no torch
     from torch import Tensor
-
-    from splitee.server import Server
 
 Record = Mapping[str, Any]  # a line of metrics.jsonl: an event, its fields but for states, a time
 
@@ -59,6 +57,16 @@ class ClientSummary:
     server_accuracy: float
     lost: str | None = None  # why it was not there at the end
     memory: dict[str, int | bool | None] | None = None  # that its firmware takes, by part
+
+
+class Learnt(Protocol):
+    """What a checkpoint has of a server."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Parameters and statistics by name."""
+
+    def momentum(self) -> Mapping[str, Tensor]:
+        """What its optimiser remembers."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,7 @@ class Run:
             temporary.write_text(json.dumps(progress.to_json()) + "\n")
             temporary.rename(self.progress_file)  # in the place of the one before
 
-    def save(self, number: int, states: Mapping[str, State], servers: Mapping[str, Server]) -> None:
+    def save(self, number: int, states: Mapping[str, State], servers: Mapping[str, Learnt]) -> None:
         """Replaces the checkpoint; if that fails, the one before is intact."""
         tensors: dict[str, Array] = {}
         for name, state in states.items():

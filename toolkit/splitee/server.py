@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,13 @@ class Server:
         self.name = name
         self._clip = settings.clip
         self._optimizer = optimizer.make(self.tail.parameters(), settings)
-        self._kept = step.Kept()
+        self._kept = step.Kept(self.tail)
+        self._tensors = self.tail.tensors()  # looked up once: the tail stays what it is
         self._loss = 0.0
+
+    def awake(self) -> AbstractContextManager[Server]:
+        """Held during a pass: it always is."""
+        return nullcontext(self)
 
     def set_rate(self, rate: float) -> None:
         """Learns at this rate from the next step on."""
@@ -58,7 +64,7 @@ class Server:
         dLoss/dActivations, of the loss as a mean over the whole batch, when gradient is true.
         Nothing is updated before ``step``.
         """
-        self._kept.keep(self.tail)
+        self._kept.keep()
         x = activations.to(self.device).requires_grad_(gradient)
         logits = self.tail(x, cut, client)
         loss = F.cross_entropy(logits, labels.to(self.device), reduction="sum") / batch
@@ -75,7 +81,7 @@ class Server:
 
     def check(self) -> None:
         """Raises NotFinite where a gradient of this batch, or its loss, is not finite."""
-        step.check(self.name, self.tensors(), self._loss)
+        step.check(self.name, self._tensors, self._loss)
 
     def step(self) -> float:
         """Updates the stages that this batch went through; returns the batch's mean loss, nats."""
@@ -102,7 +108,7 @@ class Server:
 
     def tensors(self, cut: str | None = None) -> dict[str, Tensor]:
         """The live parameters and statistics (behind the cut, if given) by name."""
-        return self.tail.tensors(cut)
+        return self.tail.tensors(cut) if cut else dict(self._tensors)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:

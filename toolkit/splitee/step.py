@@ -17,11 +17,13 @@ from splitee.errors import NotFinite
 def check(owner: str, parameters: Mapping[str, Tensor], loss: float) -> None:
     """Raises NotFinite when a gradient, or else the loss, is infinite or no number."""
     gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-    finite = [g.isfinite().all() for g in gradients.values()]
-    if finite and not torch.stack(finite).all():
-        name = next(n for n, good in zip(gradients, finite, strict=True) if not good)
-        place = int((~gradients[name].isfinite()).flatten().nonzero()[0])
-        raise NotFinite(owner, name, place)
+    # a sum is read once and is finite only where its terms are: nearly always that is all
+    sums = [g.sum() for g in gradients.values()]
+    if sums and not torch.stack(sums).sum().isfinite():
+        for name, gradient in gradients.items():
+            wrong = (~gradient.isfinite()).flatten().nonzero()
+            if len(wrong):  # otherwise only the sum was too large
+                raise NotFinite(owner, name, int(wrong[0]))
     if not math.isfinite(loss):
         raise NotFinite(owner)
 
@@ -38,13 +40,14 @@ class Kept:
     Batch norm moves its running statistics in the forward pass already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        self._live = list(module.buffers())
         self._kept: list[tuple[Tensor, Tensor]] = []
 
-    def keep(self, module: nn.Module) -> None:
+    def keep(self) -> None:
         """Notes them, unless those of this batch are noted."""
         if not self._kept:
-            self._kept = [(b, b.clone()) for b in module.buffers()]
+            self._kept = [(b, b.clone()) for b in self._live]
 
     def restore(self) -> None:
         """Puts back what was noted, if anything was."""

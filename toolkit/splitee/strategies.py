@@ -55,7 +55,7 @@ class Strategy:
 
     def draw(self, number: int, names: Sequence[str]) -> Sequence[str]:
         """Who of these clients is in a round: a share of the fleet, by the fleet's seed."""
-        count = self.rules.drawn(len(self.everyone))
+        count = self.rules.drawn(self._count())
         order = draw_order(len(names), self.rules.seed ^ _DRAWS, number)
         return [names[place] for place in order[:count]]
 
@@ -145,7 +145,7 @@ class Strategy:
             attendance.states[d.client] = d.state
         if number % self.rules.period == 0:
             copies = self.copies(done)
-            means = _checked(self.mean(copies), copies)
+            means = self._means(copies)
             for server in self.servers().values():
                 server.load(means)
             if self.rules.aggregate == "all":
@@ -180,6 +180,14 @@ class Strategy:
             server.restore(snapshot)
         yield from self._attendance.undo(done, number)
         return None
+
+    def _count(self) -> int:
+        """The clients of the fleet, whether or not they are away."""
+        return len(self._attendance.everyone)
+
+    def _means(self, copies: Sequence[Copy]) -> Mapping[str, Tensor]:
+        """The means, of layers that there are."""
+        return _checked(self.mean(copies), copies)
 
     # checkpoints
 

@@ -71,10 +71,10 @@ def train_batch(client: Client, server: Server, batch: int) -> BatchDone:
     # how many are sent of a batch in parts is known at its end
     sums = client.unsure is not None and client.capacity < batch
     assert not (sums and client.settings.wants_gradient), "a gradient has to be of the mean"
-    sound: list[Tensor] = []
+    came: list[Tensor] = []
     while left:
         part = client.forward(min(left, client.capacity), batch)
-        sound.append(part.activations.isfinite().all())
+        came.append(part.activations)
         gradient = None
         if count := len(part.labels):
             gradient = server.learn(
@@ -93,7 +93,7 @@ def train_batch(client: Client, server: Server, batch: int) -> BatchDone:
     try:
         server.check()  # before the client's step: both halves take theirs, or neither does
     except NotFinite:
-        if not all(sound):
+        if not all(activations.isfinite().all() for activations in came):
             client.step()  # it was sent what is not finite: the client says where that began
         raise
     stepped = client.step()

@@ -100,6 +100,32 @@ def bench_hash(
     new_console().print(table)
 
 
+@bench_app.command("host")
+def bench_host(
+    only: Annotated[
+        list[str] | None, typer.Option("--case", help="Only this case; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what splitting costs the host, against the same network trained in one place."""
+    from rich.table import Table
+
+    from splitee_host.bench_host import CASES, rows
+
+    found = list(rows(tuple(only or CASES)))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    table = Table(box=None)
+    table.add_column("case")
+    table.add_column("ratio", justify="right")
+    table.add_column("detail")
+    for row in found:
+        detail = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in row["detail"].items())
+        table.add_row(row["case"], f"{row['ratio']:.3f}", detail)
+    new_console().print(table)
+
+
 @bench_app.command("link")
 def bench_link(
     only: Annotated[

@@ -50,6 +50,7 @@ def train(
     """Train a fleet; leaves metrics, checkpoint and summary in runs/<name>/."""
     import torch
 
+    from splitee import ranks
     from splitee.errors import CheckpointError, FleetError, LinkError
     from splitee.fleet import read
     from splitee.runs import Run, check
@@ -71,6 +72,11 @@ def train(
             "train takes a fleet file, or --resume with the folder of a run, whose own copy of the "
             "fleet file it then uses: give one of the two"
         )
+    if ranks.launched():
+        from splitee_host.cli.ranked import train_over_ranks
+
+        train_over_ranks(console, fleet_file, runs, resume)
+        return
     if resume is not None:
         run = Run(resume)
         fleet_file = run.fleet_file

@@ -13,12 +13,16 @@ import hmac
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from splitee_host.wire.seal import CRC_SIZE, TAG_SIZE, Sealing, seal
 
-_HEADER = struct.Struct("<BHH")
+HEADER = struct.Struct("<BHH")
+"""Code, session, sequence."""
+
+Bytes = bytes | bytearray | memoryview
 
 CAPACITY = 1 << 20
 """Bytes of the largest frame (header, body, seal) that a reader takes unless told otherwise."""
@@ -34,7 +38,8 @@ class Frame:
     code: int
     session: int
     sequence: int
-    body: bytes = b""
+    body: Bytes = b""
+    tail: Bytes = b""  # the rest of the body of one to send: what is large is not put together
 
 
 def encode(frame: Frame, sealing: Sealing | None = None) -> bytes:
@@ -42,19 +47,20 @@ def encode(frame: Frame, sealing: Sealing | None = None) -> bytes:
 
     Raises ``struct.error`` when the code is no u8, or session or sequence no u16.
     """
-    content = _HEADER.pack(frame.code, frame.session, frame.sequence) + frame.body
+    header = HEADER.pack(frame.code, frame.session, frame.sequence)
+    content = b"".join((header, frame.body, frame.tail))
     return cobs_encode(content + seal(content, sealing)) + b"\0"
 
 
 def coded_size(body: int, seal_size: int) -> int:
     """The most bytes that a frame with a body of so many bytes takes on the wire."""
-    size = _HEADER.size + body + seal_size
+    size = HEADER.size + body + seal_size
     return size + size // _FULL + 2
 
 
 def coded_body(size: int) -> int:
     """The largest body of a frame that takes no more than so many bytes on the wire."""
-    return size - 2 - size // _FULL - _HEADER.size - TAG_SIZE
+    return size - 2 - size // _FULL - HEADER.size - TAG_SIZE
 
 
 def cobs_encode(data: bytes) -> bytes:
@@ -146,14 +152,36 @@ class FrameReader:
         if len(self._coded) > self._coded_max:
             return None
         data = cobs_decode(self._coded)
-        if data is None or not _HEADER.size + self._seal_size <= len(data) <= self._capacity:
+        if data is None or not HEADER.size + self._seal_size <= len(data) <= self._capacity:
             return None
         content, end = data[: -self._seal_size], data[-self._seal_size :]
-        code, session, sequence = _HEADER.unpack_from(content)
-        frame = Frame(code, session, sequence, content[_HEADER.size :])
+        code, session, sequence = HEADER.unpack_from(content)
+        frame = Frame(code, session, sequence, content[HEADER.size :])
         sealing = None
         if self._sealing is not None:
             sealing = self._sealing(frame)
             if sealing is None:
                 return None
         return frame if hmac.compare_digest(seal(content, sealing), end) else None
+
+
+class Reader(Protocol):
+    """Finds frames in what comes."""
+
+    bad: int  # frames dropped so far
+
+    def feed(self, chunk: bytes) -> list[Frame]:
+        """The good frames that this chunk completes, in order."""
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How frames stand in what a link carries."""
+
+    encode: Callable[[Frame, Sealing | None], list[bytes]]  # what to write, one behind the other
+    reader: Callable[[int, Callable[[Frame], Sealing | None] | None], Reader]  # capacity, sealing
+    mark: bytes  # ends whatever stands in front of a frame
+
+
+COBS = Framing(lambda frame, sealing: [encode(frame, sealing)], FrameReader, b"\0")
+"""That of everything but TCP: a receiver that lost its place, or bytes, finds the next frame."""

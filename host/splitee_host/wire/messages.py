@@ -18,6 +18,8 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Annotated, ClassVar, get_args, get_type_hints
 
+from splitee_host.wire.frame import Bytes
+
 U8 = Annotated[int, "B"]
 U16 = Annotated[int, "H"]
 U32 = Annotated[int, "I"]
@@ -90,12 +92,17 @@ class Message:
     CODE: ClassVar[int]
     _layout: ClassVar[struct.Struct]
     _tail: ClassVar[bool]
+    _names: ClassVar[tuple[str, ...]]
 
     def pack(self) -> bytes:
         """The body of the frame. Raises ``struct.error`` when a field is out of its range."""
-        values = [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]
+        return b"".join(self.parts())
+
+    def parts(self) -> tuple[bytes, Bytes]:
+        """The same without putting it together: all fields but a last one of bytes, and that."""
+        values = [getattr(self, name) for name in self._names]
         tail = values.pop() if self._tail else b""
-        return self._layout.pack(*values) + tail
+        return self._layout.pack(*values), tail
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,7 @@ class Write(Message):
     CODE = 0x0A
     region: U8
     offset: U32
-    content: bytes
+    content: Bytes
 
 
 @dataclass(frozen=True)
@@ -273,7 +280,7 @@ class Forwarded(Message):
     """Answer to Forward: the labels of the part, one byte each."""
 
     CODE = 0x85
-    labels: bytes
+    labels: Bytes
 
 
 @dataclass(frozen=True)
@@ -291,7 +298,7 @@ class Content(Message):
 
     CODE = 0x89
     offset: U32
-    content: bytes
+    content: Bytes
 
 
 @dataclass(frozen=True)
@@ -363,7 +370,7 @@ def layout(message: type[Message]) -> list[tuple[str, str]]:
     """(field, struct code) in wire order; the code of a tail of bytes is ``s``."""
     hints = get_type_hints(message, include_extras=True)
     return [
-        (f.name, "s" if hints[f.name] is bytes else get_args(hints[f.name])[1])
+        (f.name, "s" if hints[f.name] == Bytes else get_args(hints[f.name])[1])
         for f in fields(message)  # type: ignore[arg-type]
     ]
 
@@ -372,11 +379,12 @@ for _message in MESSAGES.values():
     _codes = [code for _, code in layout(_message)]
     assert "s" not in _codes[:-1], f"{_message.__name__}: only the last field can be bytes"
     _message._tail = _codes[-1:] == ["s"]
+    _message._names = tuple(name for name, _ in layout(_message))
     _message._layout = struct.Struct("<" + "".join(c for c in _codes if c != "s"))
 
 
-def unpack(code: int, body: bytes) -> Message:
-    """The message that a frame's body holds.
+def unpack(code: int, body: Bytes) -> Message:
+    """The message that a frame's body holds; its bytes are those of the body, not a copy.
 
     Raises ValueError, naming the message, when the code is unknown or the length is wrong.
     """
