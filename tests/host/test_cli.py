@@ -328,7 +328,7 @@ BAD_FLEETS = {
     "text that is no TOML": ('name = "x"\nrounds = = 3\n' + CLIENT, "bad.toml:2: not TOML: "),
     "a key that there is not": (
         'name = "x"\n' + CLIENT + 'bord = "posix"\n',
-        "bad.toml:4: client[0].bord: there is no such key; there are name, board, ",
+        "bad.toml:4: client[0].bord: there is no such key; there are name, count, ",
     ),
     "a value that cannot be": ('name = "x"\nrounds = 0\n' + CLIENT, "bad.toml:2: rounds: "),
     "a setting that there is not": (

@@ -70,8 +70,8 @@ def raw(code: int, body: bytes) -> m.Message:
     class Raw(m.Message):
         CODE = code
 
-        def pack(self) -> bytes:
-            return body
+        def parts(self) -> tuple[bytes, bytes]:
+            return body, b""
 
     return Raw()
 

@@ -168,7 +168,8 @@ def test_a_run_that_goes_on_has_the_keys_that_it_began_with(
     assert splitee("train", "--resume", run).code == 0
     assert used == keys.read(keys.file_of(fleet))
     assert not any(key.hex() in path.read_text(errors="replace") for key in used.values() if key
-                   for path in run.iterdir() if not path.is_symlink())  # fmt: skip
+                   for path in run.rglob("*")
+                   if path.is_file() and not path.is_symlink())  # fmt: skip
     splitee("keys", run / "fleet.toml", "--renew")  # there is one file, whichever way it is named
     assert set(used.values()).isdisjoint(keys.read(keys.file_of(fleet)).values())
     keys.file_of(fleet).unlink()
