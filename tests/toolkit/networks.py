@@ -15,6 +15,7 @@ from splitee.client import LocalClient, Place, Settings, State
 from splitee.data import Images
 from splitee.exits import Exit
 from splitee.model import Cut, Network, Segment, Tail
+from splitee.norms import freeze
 from splitee.ops import Array
 from splitee.server import Server
 
@@ -130,9 +131,12 @@ def local_client(
     upto: bool = False,
     name: str = "one",
     seed: int = 7,
+    frozen: bool = False,
 ) -> LocalClient:
     """A started client with its own copy of the model."""
     segment = segment_at(Network(copy.deepcopy(model), SHAPE), spec, upto=upto)
+    if frozen:
+        freeze(segment)
     client = LocalClient(name, segment, settings, capacity=capacity, scale=SCALE, shift=SHIFT)
     weights = {n: t.detach().numpy().copy() for n, t in segment.tensors().items()}
     client.start(State(weights, {}, Place(len(images), seed)), images)

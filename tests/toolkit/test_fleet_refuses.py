@@ -12,8 +12,8 @@ from splitee.fleet import read
 CLIENT = '[[client]]\nname = "one"\n'
 KEYS = {
     "": "name, seed, rounds, batch, local_steps, strategy, gradient, exit_weight, aggregate, "
-    "exits, distill, period, entropy, participation, min_clients, auth, rejoin_within, "
-    "round_deadline, model, data, optimizer, client",
+    "exits, distill, period, evaluate_every, entropy, participation, min_clients, auth, "
+    "rejoin_within, round_deadline, model, data, optimizer, client",
     "model": "name, width, norm, batch_norm",
     "data": (
         "name, path, download, size, samples, held_out, test_samples, augment, partition, alpha, "

@@ -57,12 +57,10 @@ def batch(count: int, seed: int = 0) -> torch.Tensor:
 
 def client(capacity: int, *, seed: int = 0) -> LocalClient:
     """A client whose batch norms are frozen."""
-    made = local_client(
+    return local_client(
         randomise(resnet(norm="batch", seed=seed)), CUT, SETTINGS, random_images(20),
-        capacity=capacity, upto=True,
+        capacity=capacity, upto=True, frozen=True,
     )  # fmt: skip
-    freeze(made.segment)
-    return made
 
 
 def test_training_gives_what_torchs_evaluation_gives_gradients_included() -> None:
