@@ -16,7 +16,6 @@ from torch import nn
 from splitee import step
 from splitee.client import LocalClient, Settings
 from splitee.errors import LinkError, NotFinite, SpliteeError
-from splitee.norms import freeze
 from splitee.ops import Array
 from splitee.server import Server
 from splitee.strategies import Strategy
@@ -30,11 +29,18 @@ CURE = "nothing was changed; take a smaller learning_rate or clip"
 
 
 def halves(
-    settings: Settings, *, norm: str = "group", upto: bool = True, seed: int = 0
+    settings: Settings,
+    *,
+    norm: str = "group",
+    upto: bool = True,
+    seed: int = 0,
+    frozen: bool = False,
 ) -> tuple[LocalClient, Server]:
     """A client, which holds four samples at once, and its server."""
     model = resnet(norm=norm, seed=seed)
-    client = local_client(model, CUT, settings, random_images(16), capacity=4, upto=upto)
+    client = local_client(
+        model, CUT, settings, random_images(16), capacity=4, upto=upto, frozen=frozen
+    )
     return client, server_for(model, [CUT], settings)
 
 
@@ -195,9 +201,7 @@ def test_after_a_batch_that_was_refused_the_next_one_teaches_as_if_it_had_not_be
 ) -> None:
     results = []
     for refused in (False, True):
-        client, server = halves(SETTINGS, norm="batch")
-        if batch_norm == "frozen":
-            freeze(client.segment)
+        client, server = halves(SETTINGS, norm="batch", frozen=batch_norm == "frozen")
         train_batch(client, server, 8)
         before = held(client, server)
         if refused:
